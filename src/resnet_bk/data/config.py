@@ -1,0 +1,43 @@
+"""`DataConfig`: which corpus, which tokenizer, where prepared tokens are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resnet_bk.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus and tokenizer of a run.
+
+    The tokenizer is trained on the training split to `model.vocab_size` entries unless `tokenizer` names one.
+    """
+
+    name: str = "python-stdlib"
+    """Corpus: `python-stdlib` (embedded: documentation and sources of the running Python), `text` (local files under
+    `path`), `wikitext-2` (word level; from the folder `path` in the standard format, else by hub name), or any Hugging
+    Face dataset name."""
+    path: str | None = None
+    """File or folder of local corpora (.txt, .jsonl, .parquet), or of the standard WikiText files."""
+    text_field: str = "text"
+    """Column or JSON key that holds the document."""
+    tokenizer: str | None = None
+    """A `tokenizer.json`, or a folder that holds one; None trains byte-level BPE on the training split."""
+    validation_fraction: float = 0.02
+    """Share of documents held out, chosen by a hash of each document's name; ignored where the corpus has its own split."""
+    max_bytes: int | None = None
+    """Bytes of the training split to read at most; None reads all."""
+    cache_dir: str | None = None
+    """Folder of prepared token shards; None uses `$XDG_CACHE_HOME/resnet-bk` (or `~/.cache/resnet-bk`)."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        if not self.name:
+            raise ConfigError("data.name is empty; expected a corpus name such as 'python-stdlib'.")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction is {self.validation_fraction!r}; expected a number between 0 and 1."
+            )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"data.max_bytes is {self.max_bytes!r}; expected None or a whole number >= 1.")

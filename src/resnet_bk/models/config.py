@@ -1,0 +1,146 @@
+"""`ModelConfig`: every number that decides a model's shape, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from resnet_bk.errors import ConfigError
+
+Dynamics = Literal["exact", "semiclassical", "decay_only"]
+Kernel = Literal["flux", "transmission", "green"]
+Source = Literal["gated", "free", "unit"]
+Boundary = Literal["lead", "wall"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a `LanguageModel`.
+
+    Sizes are counts of channels unless a unit is given. `vocab_size` is the only field without a default.
+    """
+
+    vocab_size: int
+    """Number of token ids; ids must lie in [0, vocab_size)."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    num_layers: int = 12
+    """Number of blocks, each a mixer and a feed-forward."""
+    feed_forward_dim: int = 1792
+    """Hidden width of the SwiGLU feed-forward."""
+    expand: int = 2
+    """Inner width of the mixer over `d_model`."""
+    head_dim: int = 64
+    """Value channels per head; `expand * d_model` must be a multiple of it."""
+    state_size: int = 128
+    """Key channels, shared by all heads; even, because the rotary phases act on pairs."""
+    dynamics: Dynamics = "exact"
+    """Where the decay comes from: the half-line Green function, its semiclassical (WKB) root, or absorption alone."""
+    kernel: Kernel = "flux"
+    """Decay per site: flux-normalised transmission (unit rows), bare transmission |m|, or the Green kernel itself."""
+    source: Source = "gated"
+    """Weight of a token on entry: sqrt(1 - a^2) times a sigmoid gate, a free softplus, or sqrt(1 - a^2) alone."""
+    boundary: Boundary = "lead"
+    """What lies left of the first token: a matched lead (no reflection) or a hard wall (m_0 = 0)."""
+    phase_coupling: bool = False
+    """Add a learned multiple of the accumulated scattering phase to the rotary angle (starts at zero)."""
+    absorption_floor: float = 1e-3
+    """Smallest absorption eta, in units of the hopping; > 0."""
+    energy_range: float = 1.5
+    """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping."""
+    rotary_base: float = 10000.0
+    """Ratio of the largest to the smallest rotary wavelength."""
+    tie_embeddings: bool = True
+    """Use one matrix for the token embedding and the output head."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square inside every RMSNorm."""
+    dropout: float = 0.0
+    """Probability of zeroing a channel of a mixer's or feed-forward's output during training."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        for name in ("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"model.{name} is {value!r}; expected a whole number >= 1.")
+        for name, options in _CHOICES.items():
+            if getattr(self, name) not in options:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}.")
+        for name in ("absorption_floor", "rotary_base", "norm_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a number > 0.")
+        if not self.energy_range >= 0:
+            raise ConfigError(f"model.energy_range is {self.energy_range!r}; expected a number >= 0.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.dropout!r}; expected a probability in [0, 1).")
+        if self.inner_dim % self.head_dim:
+            raise ConfigError(
+                f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}."
+            )
+        if self.state_size % 2:
+            raise ConfigError(f"model.state_size is {self.state_size}; it must be even (rotary phases act on pairs).")
+        if self.phase_coupling and self.dynamics == "decay_only":
+            raise ConfigError("model.phase_coupling needs a potential; dynamics 'decay_only' has none. Set one of them.")
+
+    @property
+    def inner_dim(self) -> int:
+        """Value channels of the mixer, all heads together."""
+        return self.expand * self.d_model
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the mixer: `inner_dim / head_dim`."""
+        return self.inner_dim // self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, in plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The configuration with these fields; raises `ConfigError` for a name that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(unknown_key_message(f"model.{name}", [f"model.{known}" for known in names]))
+        if "vocab_size" not in values:
+            raise ConfigError("model.vocab_size is missing; expected the number of token ids.")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """The configuration called `name`, with `overrides` applied.
+
+        Presets: tiny (about 1M parameters), small (10M), base (130M), large (350M), xl (1.3B), 10b.
+        Raises `ConfigError` for an unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ConfigError(unknown_key_message(name, list(PRESETS), what="preset"))
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+
+def unknown_key_message(key: str, known: list[str], *, what: str = "configuration key") -> str:
+    """One line that says `key` is unknown and names the nearest of `known`."""
+    import difflib
+
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}."
+    return f"Unknown {what} {key!r}; {hint}"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dynamics": ("exact", "semiclassical", "decay_only"),
+    "kernel": ("flux", "transmission", "green"),
+    "source": ("gated", "free", "unit"),
+    "boundary": ("lead", "wall"),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(vocab_size=4096, d_model=128, num_layers=3, feed_forward_dim=256, state_size=64),
+    "small": dict(vocab_size=8192, d_model=256, num_layers=8, feed_forward_dim=704),
+    "base": dict(vocab_size=50304, d_model=768, num_layers=12, feed_forward_dim=1792),
+    "large": dict(vocab_size=50304, d_model=1024, num_layers=24, feed_forward_dim=2048),
+    "xl": dict(vocab_size=50304, d_model=2048, num_layers=24, feed_forward_dim=4096),
+    "10b": dict(vocab_size=50304, d_model=4096, num_layers=48, feed_forward_dim=8192, tie_embeddings=False),
+}

@@ -1,0 +1,97 @@
+"""`TrainingConfig` and `RunConfig`: everything a training run needs, in one typed object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from resnet_bk.data.config import DataConfig
+from resnet_bk.errors import ConfigError
+from resnet_bk.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation, evaluation and bookkeeping of one run. Steps are optimizer steps."""
+
+    output_dir: str = "runs/default"
+    """Folder for checkpoints, `metrics.jsonl` and TensorBoard events."""
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    sequence_length: int = 1024
+    """Tokens per training sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step; tokens per step = sequence_length * batch_size * this."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW."""
+    minimum_learning_rate_ratio: float = 0.1
+    """Final over peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from zero."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after warm-up; wsd = stable, then linear decay over the last `decay_fraction` of the run."""
+    decay_fraction: float = 0.2
+    """Share of the run that decays under the wsd schedule."""
+    weight_decay: float = 0.1
+    """Decoupled decay, applied to matrices only."""
+    beta1: float = 0.9
+    """AdamW first-moment decay."""
+    beta2: float = 0.95
+    """AdamW second-moment decay."""
+    gradient_clip_norm: float = 1.0
+    """Global L2 norm above which gradients are scaled down; 0 disables."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; parameters stay float32. auto = float32 on CPU, bfloat16 where the GPU has it, else float16."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout."""
+    log_every: int = 10
+    """Steps between log rows."""
+    evaluate_every: int = 200
+    """Steps between evaluations on the validation split; 0 = only at the end."""
+    evaluation_tokens: int = 65536
+    """Tokens of the validation split read by each evaluation."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: int = 2
+    """Most recent checkpoints kept on disk."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output_dir`."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside the JSONL metrics."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        for name in ("steps", "sequence_length", "batch_size", "gradient_accumulation_steps", "log_every",
+                     "evaluation_tokens", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a whole number >= 1.")
+        if self.sequence_length < 2:
+            raise ConfigError("training.sequence_length is 1; expected at least 2, because labels are the next tokens.")
+        for name in ("minimum_learning_rate_ratio", "warmup_steps", "weight_decay", "gradient_clip_norm", "evaluate_every",
+                     "checkpoint_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a number >= 0.")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"training.learning_rate is {self.learning_rate!r}; expected a number > 0.")
+        for name in ("beta1", "beta2", "decay_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
+        if self.schedule not in ("cosine", "wsd", "constant"):
+            raise ConfigError(f"training.schedule is {self.schedule!r}; expected cosine, wsd or constant.")
+        if self.precision not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"training.precision is {self.precision!r}; expected auto, float32, bfloat16 or float16."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: what is trained, on what, and how."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
