@@ -1,0 +1,78 @@
+"""Closed-form functions of the half-line Green function: leads, gates and scattering phases. Elementwise, no scan."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def semiclassical_root(
+    detuning: Float[Tensor, "*shape"], absorption: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    r"""log|m| and arg m of the decaying root of m^2 - (detuning - i absorption) m + 1 = 0, site by site.
+
+    The reflectionless (WKB) approximation to the half-line Green function: m = exp(-arccosh(alpha / 2)).
+
+    Args:
+        detuning: potential minus energy, real, units of the hopping.
+        absorption: > 0, same units.
+
+    Returns:
+        log|m| < 0 and arg m in (0, pi), in the inputs' precision.
+
+    Theorem: |m| < 1; at detuning 0, log|m| = -asinh(absorption / 2).
+    Source: MATH theorem 5; Kahan's arccosh, whose square roots are taken without cancellation (detuning 1e4 is exact).
+    """
+    below = _principal_root(detuning / 2 - 1, absorption / 2)
+    above = _principal_root(detuning / 2 + 1, absorption / 2)
+    log_modulus = -torch.asinh(below[0] * above[0] + below[1] * above[1])
+    return log_modulus, 2 * torch.atan2(below[1], above[0])
+
+
+def _principal_root(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b > 0 with (a - i b)^2 = x - i y, for y > 0."""
+    large = torch.sqrt((torch.hypot(x, y) + x.abs()) / 2)
+    small = y / (2 * large)
+    right = x >= 0
+    return torch.where(right, large, small), torch.where(right, small, large)
+
+
+def decaying_root(
+    detuning: Float[Tensor, "*shape"], absorption: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Real and imaginary part of the decaying root m: the Green function of a half-line of equal sites (a lead)."""
+    log_modulus, angle = semiclassical_root(detuning, absorption)
+    modulus = torch.exp(log_modulus)
+    return modulus * torch.cos(angle), modulus * torch.sin(angle)
+
+
+def flux_gate(
+    previous_imag: Float[Tensor, "batch time heads"], absorption: Float[Tensor, "batch time heads"]
+) -> tuple[Float[Tensor, "batch time heads"], Float[Tensor, "batch time heads"]]:
+    r"""log a_t and b_t = sqrt(1 - a_t^2) of the flux-normalised transmission a_t = |m_t| sqrt(u_{t-1} / u_t).
+
+    Args:
+        previous_imag: u_{t-1} = Im m_{t-1} >= 0, the imaginary part one site earlier.
+        absorption: > 0.
+
+    Returns:
+        log a_t <= 0 and b_t in [0, 1]. Where u_{t-1} = 0 (a hard wall; nothing lies behind it) log a is 0 and b is 1.
+
+    Theorem: rows of the kernel prod_{k=j+1..t} a_k b_j have unit l2 norm, for every input.
+    Source: MATH theorem 8: a_t^2 = u_{t-1} / (u_{t-1} + absorption_t).
+    """
+    wall = previous_imag <= 0
+    log_decay = -0.5 * torch.log1p(absorption / torch.where(wall, torch.inf, previous_imag))
+    return log_decay, torch.rsqrt(1 + previous_imag / absorption)
+
+
+def scattering_phase(
+    m: tuple[Tensor, Tensor], free: tuple[Tensor, Tensor]
+) -> Float[Tensor, "batch time heads"]:
+    """Scattering phase arg m0 - arg m per site, in (-pi, pi), of m against the potential-free `free` = m0.
+
+    Both are pairs (real, imaginary part) with positive imaginary part, so no unwrapping is needed.
+    Source: MATH theorem 10.
+    """
+    return torch.atan2(free[1], free[0]) - torch.atan2(m[1], m[0])
