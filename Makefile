@@ -1,0 +1,63 @@
+# Every target creates the virtual environment and installs what it needs by itself. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes; each runs on one thread.
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format gpu bench docs clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" \
+		read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/.installed ## Create .venv and install the package with its development tools.
+
+# The stamps keep a second call free; a change of the dependencies makes them stale.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) -e ".[docs]"
+	@touch $@
+
+demo: setup ## Train the tiny preset on real text, compare it with baselines, plot it, let it write (under 10 minutes).
+	$(BIN)/resnet-bk demo --config configs/demo.yaml
+
+test: setup ## Run the tests, without the slow ones.
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+test-all: setup ## Run every test and report the coverage of src.
+	$(PYTEST) -n $(WORKERS) --cov --cov-report=term
+
+check: setup ## Lint, format, types and the layering of imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+format: setup ## Rewrite the sources in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: setup ## Run the tests that need a CUDA device; without one, say so.
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(PYTEST) -m gpu; \
+	else echo "No GPU: torch.cuda.is_available() is False, so the GPU tests were not run."; fi
+
+bench: setup ## Measure the mixer on this machine's CPU and add rows to benchmarks/results.
+	$(BIN)/python benchmarks/mixer_cpu.py
+
+docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html; a warning is an error.
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+clean: ## Remove everything that the other targets made, the virtual environment included.
+	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
