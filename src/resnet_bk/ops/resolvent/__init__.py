@@ -90,7 +90,7 @@ def causal_resolvent(
             f"initial must be [{heads}] or [{rows}, {heads}] in both parts; got "
             f"{list(initial[0].shape)} and {list(initial[1].shape)}."
         ) from error
-    if chosen == "reference":
+    if chosen == "reference" or (backend == "auto" and time == 1):
         real, imag = causal_resolvent_reference(delta, eta, lead[0], lead[1], bounds)
     else:
         starts = None if bounds is None else torch.tensor(bounds[:-1], device=delta.device)

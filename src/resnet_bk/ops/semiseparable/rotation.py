@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def rotary_frequencies(state_size: int, base: float) -> Tensor:
+def rotary_frequencies(state_size: int, base: float, *, device: torch.device | str = "cpu") -> Tensor:
     """Angular frequencies base^(-p / (state_size / 2)) [state_size / 2], radians per token, float64."""
     half = state_size // 2
-    return base ** (-torch.arange(half, dtype=torch.float64) / half)
+    return base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def phase_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

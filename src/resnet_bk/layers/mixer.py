@@ -1,0 +1,233 @@
+"""The causal mixer: decays from the half-line Green function, tokens mixed by a gated semiseparable matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_bk.ops.resolvent import (
+    GreenState,
+    causal_resolvent,
+    decaying_root,
+    flux_gate,
+    scattering_phase,
+    semiclassical_root,
+)
+from resnet_bk.ops.semiseparable import (
+    MixState,
+    rotary_frequencies,
+    rotate,
+    semiseparable_mix,
+    semiseparable_step,
+)
+
+if TYPE_CHECKING:
+    from resnet_bk.models.config import ModelConfig
+
+
+class MixerState(NamedTuple):
+    """Everything a mixer carries from one token to the next; one row a sequence, constant size."""
+
+    mix: MixState
+    green: GreenState | None = None
+    """m of the last token; None where the dynamics has no scan."""
+    free: GreenState | None = None
+    """The potential-free m0 of the last token; only with phase coupling."""
+    phase: Float[Tensor, "rows heads"] | None = None
+    """Sum of scattering phases so far, float64 radians; only with phase coupling."""
+
+
+class Gates(NamedTuple):
+    """What the medium decides for every token and head, float32 or wider, each [batch, time, heads]."""
+
+    log_decay: Tensor
+    source: Tensor
+    readout: Tensor | None
+    """Weight of the mixed output (green kernel only)."""
+    angle: Tensor | None
+    """Extra rotation of queries and keys in radians (phase coupling only)."""
+
+
+class Mixer(nn.Module):
+    """Token mixing by the causal resolvent; the equations are those of docs/mathematics, section "The mixer".
+
+    Args:
+        config: sizes and switches; see `ModelConfig`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, inner, state = config.num_heads, config.inner_dim, config.state_size
+        has_potential, has_source = config.dynamics != "decay_only", config.source != "unit"
+        self.sizes = [inner, inner, state, state, heads * has_potential, heads, heads * has_source]
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.query_bias = nn.Parameter(torch.empty(heads, state))
+        self.key_bias = nn.Parameter(torch.empty(heads, state))
+        self.absorption_bias = nn.Parameter(torch.empty(heads))
+        if has_source:
+            self.source_bias = nn.Parameter(torch.empty(heads))
+        if has_potential:
+            self.potential_scale = nn.Parameter(torch.empty(heads))
+            self.energy = nn.Parameter(torch.empty(heads))
+        if config.phase_coupling:
+            self.phase_scale = nn.Parameter(torch.empty(heads))
+        self.skip = nn.Parameter(torch.empty(heads))
+        self.norm_weight = nn.Parameter(torch.empty(inner))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the per-head parameters to their start; matrices are set by the model.
+
+        The absorptions start log-uniform in [1e-3, 1e-1] above the floor, in an order unrelated to that of the
+        energies; the potential starts switched off, so that training starts from a quiet medium.
+        """
+        heads = self.skip.numel()
+        place = torch.arange(heads, dtype=torch.float64)
+        golden = (0.5 + place * (math.sqrt(5) - 1) / 2) % 1
+        absorption = 10 ** (-3 + 2 * golden)
+        inverse_softplus = absorption + torch.log(-torch.expm1(-absorption))
+        self.absorption_bias.copy_(inverse_softplus)
+        if self.config.source != "unit":
+            self.source_bias.copy_(inverse_softplus if self.config.source == "free" else torch.zeros(heads))
+        for ones in (self.query_bias, self.key_bias, self.skip, self.norm_weight):
+            ones.fill_(1.0)
+        if self.config.dynamics != "decay_only":
+            self.potential_scale.zero_()
+            reach = self.config.energy_range
+            self.energy.copy_(torch.linspace(-reach, reach, heads) if heads > 1 else torch.zeros(1))
+        if self.config.phase_coupling:
+            self.phase_scale.zero_()
+
+    def forward(
+        self,
+        u: Float[Tensor, "batch time d_model"],
+        state: MixerState | None = None,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
+        """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`)."""
+        config = self.config
+        gate, x, key, query, potential, absorption, source = self.in_proj(u).split(self.sizes, dim=-1)
+        query, key = (F.rms_norm(part, (config.state_size,), eps=config.norm_epsilon) for part in (query, key))
+        x = x.unflatten(-1, (config.num_heads, config.head_dim))
+        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
+        biases = {"query_bias": self.query_bias, "key_bias": self.key_bias}
+        if gates.angle is not None:
+            cos, sin = gates.angle.cos()[..., None], gates.angle.sin()[..., None]
+            query = rotate(query.unsqueeze(2) + self.query_bias, cos, sin)
+            key = rotate(key.unsqueeze(2) + self.key_bias, cos, sin)
+            biases = {}
+        options = {
+            **biases,
+            "frequencies": rotary_frequencies(config.state_size, config.rotary_base, device=u.device),
+            "skip": None if gates.readout is not None else self.skip,
+            "scale": config.state_size**-0.5,
+        }
+        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+            operands = (part[:, 0] for part in (query, key, x, gates.log_decay))
+            y, mix = semiseparable_step(*operands, state.mix, source=gates.source[:, 0], **options)
+            y = y.unsqueeze(1)
+        else:
+            y, mix = semiseparable_mix(
+                query,
+                key,
+                x,
+                gates.log_decay,
+                source=gates.source,
+                initial=None if state is None else state.mix,
+                cu_seqlens=cu_seqlens,
+                **options,
+            )
+        if gates.readout is not None:
+            y = (gates.readout[..., None] * y + self.skip[:, None] * x).to(u.dtype)
+        y = F.rms_norm(y, (config.head_dim,), eps=config.norm_epsilon).flatten(-2) * self.norm_weight.to(y.dtype)
+        return self.out_proj(y * F.silu(gate)), MixerState(mix, green, free, phase)
+
+    def gates(
+        self,
+        potential: Float[Tensor, "batch time heads"],
+        absorption: Float[Tensor, "batch time heads"],
+        source: Float[Tensor, "batch time heads"],
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Gates, GreenState | None, GreenState | None, Tensor | None]:
+        """Decays, sources and phases of every token, and the scan states after the last one.
+
+        Arguments are the raw projections a, e and s (empty where unused); gates are computed in float32 whatever the model's dtype.
+        """
+        config = self.config
+        wide = torch.float64 if potential.dtype == torch.float64 else torch.float32
+        bias, floor = self.absorption_bias.to(wide), config.absorption_floor
+        eta = F.softplus(absorption.to(wide) + bias) + floor
+        green = free = phase = angle = None
+        if config.dynamics == "decay_only":
+            log_modulus = -torch.asinh(eta / 2)
+            unit = torch.sqrt(-torch.expm1(2 * log_modulus))
+            log_decay = log_modulus
+        else:
+            energy = self.energy.to(wide)
+            delta = self.potential_scale.to(wide) * potential.to(wide) - energy
+            lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
+            if config.boundary == "wall":
+                lead = GreenState(*(torch.zeros_like(part) for part in lead))
+            if config.dynamics == "exact":
+                before = lead if state is None or state.green is None else state.green
+                m, green = causal_resolvent(delta, eta, initial=before, cu_seqlens=cu_seqlens)
+                log_flux, unit = flux_gate(_previous(m[1], before.imag, cu_seqlens), eta)
+                log_modulus = 0.5 * torch.log(m[0].square() + m[1].square())
+                log_decay = log_flux if config.kernel == "flux" else log_modulus
+            else:
+                log_modulus, argument = semiclassical_root(delta, eta)
+                unit = torch.sqrt(-torch.expm1(2 * log_modulus))
+                log_decay = log_modulus
+            if config.phase_coupling:
+                if config.dynamics == "exact":
+                    before = lead if state is None or state.free is None else state.free
+                    m0, free = causal_resolvent(
+                        (-energy).expand_as(eta), eta, initial=before, cu_seqlens=cu_seqlens
+                    )
+                    turned = scattering_phase(m, m0)
+                else:
+                    turned = semiclassical_root((-energy).expand_as(eta), eta)[1] - argument
+                total, phase = _accumulate(turned, None if state is None else state.phase, cu_seqlens)
+                angle = torch.remainder(self.phase_scale.double() * total, 2 * math.pi).to(wide)
+        readout = None
+        if config.kernel == "green":
+            readout = torch.sqrt(2 * eta)
+            unit = readout * torch.exp(log_modulus)
+        if config.source != "unit":
+            gate = source.to(wide) + self.source_bias.to(wide)
+            if config.source == "gated":
+                unit = unit * gate.sigmoid()
+            else:  # the Green kernel keeps the weights that theorem 2 bounds it with
+                unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
+        return Gates(log_decay, unit, readout, angle), green, free, phase
+
+
+def _previous(imag: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Im m one site earlier [batch, time, heads]; before a sequence or document starts it is `first`."""
+    first = first.expand(imag.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, -1)
+    if cu_seqlens is None:
+        return torch.cat((first[:, None], imag[:, :-1]), dim=1)
+    shifted = torch.cat((imag[:, :1], imag[:, :-1]), dim=1)
+    return shifted.index_copy(1, cu_seqlens[:-1].long(), first[None].to(imag.dtype))
+
+
+def _accumulate(turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Running sum of `turned` [batch, time, heads] per sequence or document from `start` [rows, heads], and its end."""
+    total = turned.double().cumsum(1)
+    if cu_seqlens is None:
+        total = total if start is None else total + start[:, None]
+        return total, total[:, -1]
+    bounds = cu_seqlens.long()
+    before = torch.cat((total.new_zeros(1, total.shape[2]), total[0]))[bounds[:-1]]
+    offset = -before if start is None else start - before
+    total = total + torch.repeat_interleave(offset, bounds.diff(), dim=0)[None]
+    return total, total[0, bounds[1:] - 1]

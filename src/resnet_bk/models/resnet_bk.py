@@ -1,0 +1,245 @@
+"""`LanguageModel`: embedding, blocks of mixer and feed-forward, final norm, output head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from resnet_bk.errors import DomainError, ShapeError
+from resnet_bk.layers.feed_forward import FeedForward
+from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from resnet_bk.tokenizer import Tokenizer
+
+
+class ModelState(NamedTuple):
+    """Decode state of a whole model: one `MixerState` a layer, one row a sequence, constant size."""
+
+    layers: tuple[MixerState, ...]
+
+    def map(self, function) -> ModelState:
+        """The state with `function` applied to every tensor."""
+        return _map_tensors(self, function)
+
+    def select(self, rows: Tensor) -> ModelState:
+        """The state of some sequences only, in the order of the index tensor `rows`."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def detach(self) -> ModelState:
+        """The state without its history, for truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes: list[int] = []
+        self.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
+        return sum(sizes)
+
+
+def _map_tensors(value: Any, function) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [_map_tensors(part, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+@dataclass
+class LanguageModelOutput:
+    """Result of one forward pass."""
+
+    logits: Float[Tensor, "batch time vocabulary"] | None
+    loss: Float[Tensor, ""] | None
+    """Mean negative log-likelihood in nats per predicted token."""
+    state: ModelState
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: mixer, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = Mixer(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.feed_forward = FeedForward(config.d_model, config.feed_forward_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Float[Tensor, "batch time d_model"], state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
+        """The residual stream after the block, and the mixer's state."""
+        mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state
+
+
+class LanguageModel(nn.Module):
+    """Causal language model whose token mixing is the half-line resolvent of a Jacobi matrix.
+
+    Args:
+        config: architecture; see `ModelConfig` and `ModelConfig.preset`.
+
+    Attributes:
+        tokenizer: the `Tokenizer` saved and loaded with the model, or None.
+        segment_tokens: tokens (batch times time) worked on at once. Longer inputs run in segments with the state
+            carried, and in training their activations are recomputed segment by segment, so memory grows only by
+            one residual stream a layer. Results do not depend on it beyond rounding.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.segment_tokens = 8192
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew from the global random generator.
+
+        Matrices are normal with standard deviation (3 fan_in)^(-1/2); those that write to the residual stream are
+        divided by sqrt(2 num_layers). The embedding has standard deviation 0.02. Norms start at 1, per-head
+        parameters as `Mixer.reset_parameters` says.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Mixer):
+                module.reset_parameters()
+        for block in self.blocks:
+            for projection in (block.mixer.out_proj, block.feed_forward.out_proj):
+                projection.weight.div_(math.sqrt(2 * self.config.num_layers))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Matrix of the output head [vocab_size, d_model]; the embedding itself when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        labels: Int[Tensor, "batch time"] | None = None,
+        state: ModelState | None = None,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+        *,
+        return_logits: bool | None = None,
+    ) -> LanguageModelOutput:
+        """Logits, or the loss against `labels`, and the state that continues the sequences.
+
+        Args:
+            input_ids: token ids in [0, vocab_size).
+            labels: unshifted targets, usually `input_ids` itself; position t is trained to predict labels[t + 1].
+                -100 is ignored. The logits of a long sequence are then never materialised.
+            state: returned by an earlier call whose tokens these continue.
+            cu_seqlens: boundaries 0 = b_0 < ... < b_documents = time of documents packed along time (batch 1). No
+                document sees another, and a document's first token is nobody's target.
+            return_logits: None computes logits exactly when there are no labels.
+
+        Raises:
+            ShapeError: `input_ids` is not [batch, time] or `labels` has another shape.
+            DomainError: a token id outside the vocabulary (names the first), or labels without a single target.
+        """
+        hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens)
+        loss = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ShapeError(
+                    f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}."
+                )
+            targets = torch.full_like(labels, -100)
+            targets[:, :-1] = labels[:, 1:]
+            if cu_seqlens is not None:
+                targets[:, cu_seqlens[1:].long() - 1] = -100
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+        if return_logits is None:
+            return_logits = labels is None
+        logits = F.linear(hidden, self.output_weight) if return_logits else None
+        return LanguageModelOutput(logits, loss, state)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        *,
+        state: ModelState | None = None,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
+        """Residual stream after the final norm, and the state that continues the sequences.
+
+        Arguments and errors are those of `forward`. Multiply by `output_weight` for logits.
+        """
+        self._check_ids(input_ids)
+        # Packed documents may end anywhere, so they are not cut in time; only their activations are recomputed.
+        long = input_ids.numel() > self.segment_tokens
+        step = input_ids.shape[1]
+        if long and cu_seqlens is None:
+            step = max(64, self.segment_tokens // input_ids.shape[0] // 64 * 64)
+        states = (None,) * len(self.blocks) if state is None else state.layers
+        parts = []
+        for ids in input_ids.split(step, dim=1):
+            x = self.embedding(ids)
+            following = []
+            for block, before in zip(self.blocks, states, strict=True):
+                if long and torch.is_grad_enabled():
+                    x, after = checkpoint(
+                        block, x, before, cu_seqlens, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                    )
+                else:
+                    x, after = block(x, before, cu_seqlens)
+                following.append(after)
+            states = tuple(following)
+            parts.append(self.norm(x))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(states)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+            raise ShapeError(
+                f"input_ids must be non-empty integers [batch, time]; got {input_ids.dtype} {list(input_ids.shape)}."
+            )
+        if torch.compiler.is_compiling():
+            return
+        low, high = (int(bound) for bound in torch.aminmax(input_ids))
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            row, place = (input_ids == bad).nonzero()[0].tolist()
+            raise DomainError(
+                f"input_ids holds {bad} at row {row}, position {place}; expected ids in [0, {self.config.vocab_size}). "
+                "The tokenizer and the model have different vocabularies."
+            )
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW groups: matrices with `weight_decay`; per-head parameters, biases and norms without."""
+        matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear | nn.Embedding)}
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
+        ]
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of parameters; without the token embedding and an untied head if `embeddings` is False."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        if embeddings:
+            return total
+        return total - self.embedding.weight.numel() - (0 if self.head is None else self.head.weight.numel())
