@@ -21,9 +21,7 @@ def default_chunk_tokens(vocabulary: int, device: torch.device) -> int:
     return max(_FEWEST_TOKENS, logits // vocabulary)
 
 
-@torch.library.custom_op(
-    "resnet_bk::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("resnet_bk::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -41,7 +39,7 @@ def linear_cross_entropy_op(
     The gradients of "mean" are those of "sum": dividing late keeps them in the range of half precision.
     `chunk_tokens` 0 means the default.
     """
-    vocabulary, channels = weight.shape
+    vocabulary = weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = counted_rows(targets, vocabulary, ignore_index, reduction)
     counted = targets[rows].long()
@@ -60,7 +58,7 @@ def linear_cross_entropy_op(
         torch.neg(picked[:, 0], out=loss)
         if not (hidden_gradient or weight_gradient):
             continue
-        # d loss / d logits = probabilities - one_hot(target), over the logits; expm1 keeps p - 1 exact for p near 1.
+        # d loss / d logits = probabilities - one_hot(target), written over the logits. p - 1 is taken before narrowing.
         torch.exp(logp, out=logits).scatter_(1, target[:, None], picked.expm1().to(matmul_dtype))
         share = None if token_weights is None else token_weights[chunk, None]
         if hidden_gradient:
@@ -118,7 +116,15 @@ def _backward(ctx, grad_loss: Tensor | None, *second_order: Tensor | None):
     *saved, targets = ctx.saved_tensors
     if reduction == "none":
         _, grad_hidden, grad_weight = linear_cross_entropy_op(
-            *saved, targets, grad_loss, ignore_index, reduction, chunk_tokens, matmul_dtype, hidden_needed, weight_needed
+            *saved,
+            targets,
+            grad_loss,
+            ignore_index,
+            reduction,
+            chunk_tokens,
+            matmul_dtype,
+            hidden_needed,
+            weight_needed,
         )
     else:
         scale = grad_loss if reduction == "sum" else grad_loss / (targets != ignore_index).sum()
