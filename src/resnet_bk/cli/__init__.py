@@ -81,7 +81,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _help() -> str:
     """The text of `resnet-bk --help`."""
-    lines = ["usage: resnet-bk COMMAND [OPTIONS]", "", "Train and use linear-time causal language models.", "", "commands:"]
+    lines = [
+        "usage: resnet-bk COMMAND [OPTIONS]",
+        "",
+        "Train and use linear-time causal language models.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join([*lines, "", "`resnet-bk COMMAND --help` lists the options of one; --version prints the version."])
 

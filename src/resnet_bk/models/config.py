@@ -75,13 +75,13 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout!r}; expected a probability in [0, 1).")
         if self.inner_dim % self.head_dim:
-            raise ConfigError(
-                f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}."
-            )
+            raise ConfigError(f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}.")
         if self.state_size % 2:
             raise ConfigError(f"model.state_size is {self.state_size}; it must be even (rotary phases act on pairs).")
         if self.phase_coupling and self.dynamics == "decay_only":
-            raise ConfigError("model.phase_coupling needs a potential; dynamics 'decay_only' has none. Set one of them.")
+            raise ConfigError(
+                "model.phase_coupling needs a potential; dynamics 'decay_only' has none. Set one of them."
+            )
 
     @property
     def inner_dim(self) -> int:
@@ -124,7 +124,13 @@ def unknown_key_message(key: str, known: list[str], *, what: str = "configuratio
     """One line that says `key` is unknown and names the nearest of `known`."""
     import difflib
 
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # Only the last part is compared: a shared section name would make everything look near.
+    section, _, leaf = key.rpartition(".")
+    nearest = [name for name in known if name.rpartition(".")[2] == leaf]
+    if not nearest:
+        pool = [name for name in known if name.rpartition(".")[0] == section] or known
+        leaves = {name.rpartition(".")[2]: name for name in pool}
+        nearest = [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}."
     return f"Unknown {what} {key!r}; {hint}"
 

@@ -1,0 +1,54 @@
+"""Every shipped configuration loads, means what its name says, and fits its model on paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from resnet_bk.cli.arguments import parse_run_config
+from resnet_bk.models.config import PRESETS, ModelConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+NAMES = ["10b", "base", "demo", "large", "long_context", "small", "tiny", "wikitext2", "xl"]
+
+
+def load(name: str, *overrides: str):
+    return parse_run_config("train", "", ["--config", str(CONFIGS / f"{name}.yaml"), *overrides])
+
+
+def test_the_expected_files_ship():
+    assert [file.stem for file in FILES] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_loads_and_is_complete(name):
+    config = load(name)
+    assert config.training.output_dir == f"runs/{name}", "runs of different configurations must not share a folder"
+    assert config.training.warmup_steps < config.training.steps
+    assert config.training.evaluation_tokens >= config.training.sequence_length
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_config_named_after_a_preset_is_that_preset(name):
+    assert load(name).model == ModelConfig.preset(name)
+
+
+@pytest.mark.parametrize(("name", "preset"), [("demo", "tiny"), ("long_context", "small")])
+def test_config_with_a_preset_keeps_it(name, preset):
+    assert load(name).model == ModelConfig.preset(preset)
+
+
+def test_wikitext2_has_the_published_vocabulary():
+    assert load("wikitext2").model.vocab_size == 33278
+
+
+def test_long_context_is_long():
+    training = load("long_context").training
+    assert (training.sequence_length, training.batch_size) == (131072, 1)
+
+
+def test_overrides_win_over_the_file():
+    config = load("tiny", "--training.steps", "7", "--model.num_layers=2")
+    assert (config.training.steps, config.model.num_layers, config.model.d_model) == (7, 2, 128)
