@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.resolvent import (
     GreenState,
     causal_resolvent,
@@ -113,8 +114,23 @@ class Mixer(nn.Module):
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
         """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`)."""
+        gate, *operands = self.in_proj(u).split(self.sizes, dim=-1)
+        y, state = self.mix(*operands, state, cu_seqlens)
+        return self.out_proj(gated_norm(y, gate, self.norm_weight, epsilon=self.config.norm_epsilon)), state
+
+    def mix(
+        self,
+        x: Float[Tensor, "batch time inner"],
+        key: Float[Tensor, "batch time state"],
+        query: Float[Tensor, "batch time state"],
+        potential: Float[Tensor, "batch time heads"],
+        absorption: Float[Tensor, "batch time heads"],
+        source: Float[Tensor, "batch time heads"],
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
+        """What happens between the two projections but for norm and gate; arguments are raw projections."""
         config = self.config
-        gate, x, key, query, potential, absorption, source = self.in_proj(u).split(self.sizes, dim=-1)
         query, key = (F.rms_norm(part, (config.state_size,), eps=config.norm_epsilon) for part in (query, key))
         x = x.unflatten(-1, (config.num_heads, config.head_dim))
         gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
@@ -126,11 +142,11 @@ class Mixer(nn.Module):
             biases = {}
         options = {
             **biases,
-            "frequencies": rotary_frequencies(config.state_size, config.rotary_base, device=u.device),
+            "frequencies": rotary_frequencies(config.state_size, config.rotary_base, device=x.device),
             "skip": None if gates.readout is not None else self.skip,
             "scale": config.state_size**-0.5,
         }
-        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+        if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
             operands = (part[:, 0] for part in (query, key, x, gates.log_decay))
             y, mix = semiseparable_step(*operands, state.mix, source=gates.source[:, 0], **options)
             y = y.unsqueeze(1)
@@ -146,9 +162,8 @@ class Mixer(nn.Module):
                 **options,
             )
         if gates.readout is not None:
-            y = (gates.readout[..., None] * y + self.skip[:, None] * x).to(u.dtype)
-        y = F.rms_norm(y, (config.head_dim,), eps=config.norm_epsilon).flatten(-2) * self.norm_weight.to(y.dtype)
-        return self.out_proj(y * F.silu(gate)), MixerState(mix, green, free, phase)
+            y = (gates.readout[..., None] * y + self.skip[:, None] * x).to(x.dtype)
+        return y, MixerState(mix, green, free, phase)
 
     def gates(
         self,
