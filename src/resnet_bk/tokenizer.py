@@ -173,19 +173,15 @@ class Tokenizer:
         return hashlib.sha256(self._engine.to_str().encode()).hexdigest()
 
     @cached_property
-    def byte_lengths(self) -> np.ndarray:
+    def byte_lengths(self) -> np.ndarray | None:
         """UTF-8 bytes that each token id decodes to, int64 `[vocab_size]`; special tokens count 0.
 
-        Raises:
-            DataError: the tokenizer is neither byte-level nor word-level, so that bytes cannot be told token by token.
+        None for a tokenizer that is neither byte-level nor word-level, since there a token's bytes depend on its place.
         """
         definition = json.loads(self._engine.to_str())
         byte_level = (definition["decoder"] or {}).get("type") == "ByteLevel"
         if not byte_level and definition["model"]["type"] != "WordLevel":
-            raise DataError(
-                "Bytes per token are known for byte-level and word-level tokenizers only; "
-                f"this one is {definition['model']['type']}. Report perplexity, or use a byte-level tokenizer."
-            )
+            return None
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._engine.get_vocab(with_added_tokens=True).items():
             added = self._added_tokens.get(index)
@@ -198,7 +194,17 @@ class Tokenizer:
         return lengths
 
     def text_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """UTF-8 bytes of the text behind `ids`, special tokens counting 0; raises as `byte_lengths` does."""
+        """UTF-8 bytes of the text behind `ids`, special tokens (end of text among them) counting 0.
+
+        Raises:
+            DataError: the bytes of single tokens are not known, see `byte_lengths`.
+        """
+        if self.byte_lengths is None:
+            kind = json.loads(self._engine.to_str())["model"]["type"]
+            raise DataError(
+                f"Bytes per token are known for byte-level and word-level tokenizers only; this one is {kind}. "
+                "Report perplexity, or use a byte-level tokenizer."
+            )
         return int(self.byte_lengths[np.asarray(ids, dtype=np.int64)].sum())
 
     @cached_property

@@ -17,15 +17,17 @@ class DataConfig:
     name: str = "python-stdlib"
     """Corpus: `python-stdlib` (embedded: documentation and sources of the running Python), `text` (local files under
     `path`), `wikitext-2` (word level; from the folder `path` in the standard format, else by hub name), or any Hugging
-    Face dataset name."""
+    Face dataset as `owner/name` or `owner/name:configuration`."""
     path: str | None = None
-    """File or folder of local corpora (.txt, .jsonl, .parquet), or of the standard WikiText files."""
+    """File or folder of local corpora (.txt and .jsonl, plain or .xz, and .parquet), or folder of the standard WikiText
+    files. In a folder, files called train, validation and test (or in folders so called) are those splits."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
     tokenizer: str | None = None
     """A `tokenizer.json`, or a folder that holds one; None trains byte-level BPE on the training split."""
     validation_fraction: float = 0.02
-    """Share of documents held out, chosen by a hash of each document's name; ignored where the corpus has its own split."""
+    """Share of documents held out for validation, and as much again for testing, chosen by a hash of each document's
+    name (by position in the text where there are too few); ignored where the corpus has its own splits."""
     max_bytes: int | None = None
     """Bytes of the training split to read at most; None reads all."""
     cache_dir: str | None = None
@@ -35,9 +37,9 @@ class DataConfig:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
         if not self.name:
             raise ConfigError("data.name is empty; expected a corpus name such as 'python-stdlib'.")
-        if not 0 < self.validation_fraction < 1:
+        if not 0 < self.validation_fraction < 0.5:
             raise ConfigError(
-                f"data.validation_fraction is {self.validation_fraction!r}; expected a number between 0 and 1."
+                f"data.validation_fraction is {self.validation_fraction!r}; expected a number between 0 and 0.5."
             )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError(f"data.max_bytes is {self.max_bytes!r}; expected None or a whole number >= 1.")
