@@ -74,10 +74,8 @@ def causal_resolvent(
             f"{list(detuning.shape)} and {list(absorption.shape)}."
         )
     batch, time, heads = detuning.shape
-    if time == 0:
-        raise ShapeError("causal_resolvent needs at least one site; got time = 0.")
-    if not torch.compiler.is_compiling():
-        _check_domain(detuning, absorption, initial)
+    if 0 in detuning.shape:
+        raise ShapeError(f"detuning and absorption must not be empty; got {list(detuning.shape)}.")
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
     delta, eta = detuning.to(dtype), absorption.to(dtype)
@@ -90,13 +88,16 @@ def causal_resolvent(
             f"initial must be [{heads}] or [{rows}, {heads}] in both parts; got "
             f"{list(initial[0].shape)} and {list(initial[1].shape)}."
         ) from error
+    if not torch.compiler.is_compiling():
+        _check_domain(detuning, absorption, lead)
     if chosen == "reference" or (backend == "auto" and time == 1):
         real, imag = causal_resolvent_reference(delta, eta, lead[0], lead[1], bounds)
     else:
         starts = None if bounds is None else torch.tensor(bounds[:-1], device=delta.device)
         real, imag = causal_resolvent_op(delta, eta, lead[0], lead[1], starts)
     if bounds is None:
-        state = GreenState(real[:, -1], imag[:, -1])
+        # Copies: a view would keep m of all sites alive for as long as the state.
+        state = GreenState(real[:, -1].clone(), imag[:, -1].clone())
     else:
         last = torch.tensor(bounds[1:], device=delta.device) - 1
         state = GreenState(real[0, last], imag[0, last])
@@ -141,7 +142,7 @@ def full_resolvent_diagonal(
     return real / square, imag / square
 
 
-def _check_domain(detuning: Tensor, absorption: Tensor, initial: GreenState | None) -> None:
+def _check_domain(detuning: Tensor, absorption: Tensor, initial: list[Tensor]) -> None:
     """Raise `DomainError` at the first site outside the operator's domain."""
     # Two reductions each, and a search only when one of them fails; NaN fails every comparison.
     if not (absorption.min() > 0 and absorption.max() < torch.inf):
@@ -157,5 +158,11 @@ def _check_domain(detuning: Tensor, absorption: Tensor, initial: GreenState | No
             f"detuning is {detuning[tuple(index)].item()} at [batch, time, head] = {index}; expected a finite number. "
             "Look for NaN or overflow upstream."
         )
-    if initial is not None and not (initial[1].min() >= 0 and initial[0].isfinite().all()):
-        raise DomainError("initial has a negative or non-finite imaginary part; a Green function has Im m >= 0.")
+    real, imag = initial
+    if not (imag.min() >= 0 and imag.max() < torch.inf and real.isfinite().all()):
+        index = (~(real.isfinite() & imag.isfinite() & (imag >= 0))).nonzero()[0].tolist()
+        row, head = index
+        raise DomainError(
+            f"initial is {real[row, head].item()} + {imag[row, head].item()}i at [row, head] = {index}; expected "
+            "finite numbers with imaginary part >= 0: a state returned earlier, or `decaying_root`."
+        )

@@ -52,7 +52,7 @@ def _starts_by_site(starts: Tensor | None, length: int) -> dict[int, tuple[Tenso
 
 
 def _carry(alpha: Tensor, lead: Tensor, batch: int, starts: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """m at the site before every chunk [batch * chunks, heads], complex128, from composed Moebius maps.
+    """Green function m at the site before every chunk [batch * chunks, heads], complex128, from composed Moebius maps.
 
     A chunk maps m to (a + m b) / (a' + m b'), where a and b solve p_(t+1) = alpha_t p_t - p_(t-1) from (p_0, p_1) =
     (0, 1) and (1, 0). Updating in place with alternating sign saves the negation; the sign cancels after an even
@@ -91,7 +91,7 @@ def _carry(alpha: Tensor, lead: Tensor, batch: int, starts: dict[int, tuple[Tens
 
 def _sweep(detuning: Tensor, absorption: Tensor, lead: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compose and carry in complex128, then apply (1) inside all chunks at once in the input's precision."""
-    batch, time, heads = detuning.shape
+    batch, time, _ = detuning.shape
     length = chunk_length(time)
     first = _starts_by_site(starts, length)
     delta = _by_site(detuning, length, 0.0)
@@ -134,7 +134,7 @@ def causal_resolvent_adjoint_op(
 
     With c_t = conj(m_t^2) the cotangents mu_t = c_t (g_t + mu_(t+1)) give dalpha_t = -mu_t and dm_0 = mu_1.
     """
-    batch, time, heads = m_real.shape
+    batch, time, _ = m_real.shape
     length = chunk_length(time)
     first = _starts_by_site(starts, length)
     real, imag = _by_site(m_real, length, 0.0), _by_site(m_imag, length, 0.0)
@@ -154,7 +154,7 @@ def causal_resolvent_adjoint_op(
 
 
 def _carry_back(source: Tensor, factor: Tensor, batch: int, starts: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """mu at the site after every chunk [batch * chunks, heads], complex128."""
+    """Cotangent mu at the site after every chunk [batch * chunks, heads], complex128."""
     length, rows, heads = source.shape
     source, factor = source.to(torch.complex128), factor.to(torch.complex128)
     # `total` becomes mu of the chunk's first site if mu behind the chunk is zero, `product` its factor on that mu.

@@ -10,7 +10,7 @@ from torch import Tensor
 def semiclassical_root(
     detuning: Float[Tensor, "*shape"], absorption: Float[Tensor, "*shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    r"""log|m| and arg m of the decaying root of m^2 - (detuning - i absorption) m + 1 = 0, site by site.
+    r"""Log modulus and argument of the decaying root m of m^2 - (detuning - i absorption) m + 1 = 0.
 
     The reflectionless (WKB) approximation to the half-line Green function: m = exp(-arccosh(alpha / 2)).
 
@@ -31,26 +31,37 @@ def semiclassical_root(
 
 
 def _principal_root(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b > 0 with (a - i b)^2 = x - i y, for y > 0."""
-    large = torch.sqrt((torch.hypot(x, y) + x.abs()) / 2)
-    small = y / (2 * large)
+    """Real parts a and b > 0 with (a - i b)^2 = x - i y, for y > 0."""
     right = x >= 0
+    # Not x.abs(): its derivative at a band edge (x = 0) is zero, which is not the root's.
+    large = torch.sqrt((torch.hypot(x, y) + torch.where(right, x, -x)) / 2)
+    small = y / (2 * large)
     return torch.where(right, large, small), torch.where(right, small, large)
 
 
 def decaying_root(
     detuning: Float[Tensor, "*shape"], absorption: Float[Tensor, "*shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Real and imaginary part of the decaying root m: the Green function of a half-line of equal sites (a lead)."""
-    log_modulus, angle = semiclassical_root(detuning, absorption)
-    modulus = torch.exp(log_modulus)
-    return modulus * torch.cos(angle), modulus * torch.sin(angle)
+    r"""Real and imaginary part of the decaying root m: the Green function of a half-line of equal sites (a lead).
+
+    Theorem: |m| < 1 and Im m > 0. Exact to rounding of |m|; the imaginary part to rounding of itself.
+    Source: m = 2 / w^2 with w = sqrt(alpha / 2 + 1) + sqrt(alpha / 2 - 1), a sum without cancellation.
+    """
+    below = _principal_root(detuning / 2 - 1, absorption / 2)
+    above = _principal_root(detuning / 2 + 1, absorption / 2)
+    # 1 / w = x + i y; both are positive, so no sine of an angle near pi loses the sign of Im m.
+    x, y = below[0] + above[0], below[1] + above[1]
+    square = x * x + y * y
+    x, y = x / square, y / square
+    return 2 * (x - y) * (x + y), 4 * x * y
 
 
 def flux_gate(
     previous_imag: Float[Tensor, "batch time heads"], absorption: Float[Tensor, "batch time heads"]
 ) -> tuple[Float[Tensor, "batch time heads"], Float[Tensor, "batch time heads"]]:
-    r"""log a_t and b_t = sqrt(1 - a_t^2) of the flux-normalised transmission a_t = |m_t| sqrt(u_{t-1} / u_t).
+    r"""Log decay log a_t and weight b_t = sqrt(1 - a_t^2) of the flux-normalised transmission.
+
+        a_t = |m_t| sqrt(u_{t-1} / u_t)
 
     Args:
         previous_imag: u_{t-1} = Im m_{t-1} >= 0, the imaginary part one site earlier.
@@ -62,14 +73,12 @@ def flux_gate(
     Theorem: rows of the kernel prod_{k=j+1..t} a_k b_j have unit l2 norm, for every input.
     Source: MATH theorem 8: a_t^2 = u_{t-1} / (u_{t-1} + absorption_t).
     """
-    wall = previous_imag <= 0
+    wall = previous_imag == 0
     log_decay = -0.5 * torch.log1p(absorption / torch.where(wall, torch.inf, previous_imag))
     return log_decay, torch.rsqrt(1 + previous_imag / absorption)
 
 
-def scattering_phase(
-    m: tuple[Tensor, Tensor], free: tuple[Tensor, Tensor]
-) -> Float[Tensor, "batch time heads"]:
+def scattering_phase(m: tuple[Tensor, Tensor], free: tuple[Tensor, Tensor]) -> Float[Tensor, "batch time heads"]:
     """Scattering phase arg m0 - arg m per site, in (-pi, pi), of m against the potential-free `free` = m0.
 
     Both are pairs (real, imaginary part) with positive imaginary part, so no unwrapping is needed.
