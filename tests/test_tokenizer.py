@@ -67,6 +67,7 @@ def test_long_texts_encode_as_if_uncut(bpe: Tokenizer) -> None:
     assert len(bpe._pieces(text)) > 1
     assert bpe.encode(text) == bpe._engine.encode(text).ids
     assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode("no line end " * 10_000)) == "no line end " * 10_000
 
 
 def test_a_small_corpus_yields_fewer_tokens_than_allowed() -> None:
@@ -103,6 +104,9 @@ def test_gpt2_style_folder(bpe: Tokenizer, tmp_path) -> None:
     loaded = Tokenizer.from_file(tmp_path)
     assert loaded.encode(CORPUS[0] + "<|endoftext|>") == bpe.encode(CORPUS[0] + "<|endoftext|>")
     assert (loaded.vocab_size, loaded.end_of_text_id) == (300, 0)
+    (tmp_path / "merges.txt").write_bytes(b"a b\n\xff")
+    with pytest.raises(DataError, match=r"merges\.txt is not UTF-8: byte 4"):
+        Tokenizer.from_file(tmp_path)
 
 
 def _tokenizer_json(**changes: object) -> str:

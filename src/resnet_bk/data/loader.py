@@ -21,13 +21,13 @@ from resnet_bk.errors import CheckpointError, ConfigError, DataError
 _ROUNDS = 4
 
 
-class PackedBatch(NamedTuple):
-    """One row of tokens, and where its documents start."""
+class Batch(NamedTuple):
+    """What the model reads in one step."""
 
     input_ids: Tensor
-    """int64 `[1, tokens]`."""
-    cu_seqlens: Tensor
-    """Where each document starts in the row, and at last `tokens`, int64 `[documents + 1]`."""
+    """int64 `[batch, time]`."""
+    cu_seqlens: Tensor | None = None
+    """Where each document starts in the one row, and at last `time`, int64 `[documents + 1]`; None: rows are whole."""
 
 
 class _WindowStream:
@@ -96,8 +96,8 @@ class _WindowStream:
         return start
 
 
-class TokenLoader(_WindowStream, Iterator[Tensor]):
-    """Endless iterator of `input_ids`, int64 `[batch_size, sequence_length]`.
+class TokenLoader(_WindowStream, Iterator[Batch]):
+    """Endless iterator of batches with `input_ids`, int64 `[batch_size, sequence_length]`.
 
     Documents follow each other in a window, separated by the end-of-text tokens of the shard. The same dataset,
     sequence length and seed give the same windows in the same order, whatever the batch size.
@@ -115,14 +115,14 @@ class TokenLoader(_WindowStream, Iterator[Tensor]):
             raise ConfigError(f"training.batch_size is {batch_size}; expected a whole number >= 1.")
         self._batch_size = batch_size
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         starts = [self._next_start() for _ in range(self._batch_size)]
         windows = [self._dataset.tokens[start : start + self._sequence_length] for start in starts]
-        return torch.from_numpy(np.stack(windows).astype(np.int64))
+        return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
 
 
-class PackedTokenLoader(_WindowStream, Iterator[PackedBatch]):
-    """Endless iterator of `PackedBatch`: the windows of `TokenLoader` one by one, cut where documents start.
+class PackedTokenLoader(_WindowStream, Iterator[Batch]):
+    """Endless iterator of batches with `cu_seqlens`: one window of `TokenLoader` each, cut where documents start.
 
     Given to the model together with `cu_seqlens`, no document sees another. A document that a window's edge cuts
     continues in another batch as if it began there.
@@ -132,13 +132,13 @@ class PackedTokenLoader(_WindowStream, Iterator[PackedBatch]):
         """Start at the first window, of `sequence_length` tokens, of epoch 0; raises as `TokenLoader` does."""
         super().__init__(dataset, sequence_length, seed)
 
-    def __next__(self) -> PackedBatch:
+    def __next__(self) -> Batch:
         start, length, offsets = self._next_start(), self._sequence_length, self._dataset.document_offsets
         first = np.searchsorted(offsets, start, side="right")
         last = np.searchsorted(offsets, start + length, side="left")
         cuts = np.concatenate([[0], offsets[first:last] - start, [length]])
         tokens = self._dataset.tokens[start : start + length].astype(np.int64)
-        return PackedBatch(torch.from_numpy(tokens)[None], torch.from_numpy(cuts))
+        return Batch(torch.from_numpy(tokens)[None], torch.from_numpy(cuts))
 
 
 def permuted_index(index: int, size: int, key: bytes) -> int:
