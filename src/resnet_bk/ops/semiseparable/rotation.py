@@ -30,6 +30,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def turn_into(out: Tensor, x: Tensor, cos: Tensor | float, sin: Tensor | None) -> Tensor:
+    """`rotate` written into `out`, `x` and the phases broadcast to it; `sin` None copies. Saves the temporaries."""
+    if sin is None:
+        return out.copy_(x)
+    first, second = x.chunk(2, dim=-1)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(first, sin, out=high).addcmul_(second, cos)
+    return out
+
+
 def rotate_memory(memory: Tensor, positions: Tensor, frequencies: Tensor | None) -> Tensor:
     """`memory` [rows, heads, state, value] with its key channels turned by frequencies * positions [rows]."""
     if frequencies is None:
