@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import re
 import sys
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     read the output has closed it. Anything else that goes wrong is a bug and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    notes, package = logging.StreamHandler(), logging.getLogger("resnet_bk")
+    package.addHandler(notes)
+    package.setLevel(logging.INFO)
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if limit is None:
             raise
         return _refuse(str(limit))
+    finally:
+        package.removeHandler(notes)
 
 
 def _dispatch(arguments: list[str]) -> int:

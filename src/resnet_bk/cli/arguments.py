@@ -158,7 +158,7 @@ def _explain(message: str, expected: dict[str, Any]) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key is not None and value is not None and expected.get(key[1]) is not None:
-        return f"{key[1]} is {value[1].strip()!r}; expected {_describe_type(expected[key[1]])}."
+        return f"{key[1]} is {value[1].strip()!r}; expected {describe_type(expected[key[1]])}."
     missing = re.search(r"the following arguments are required: (.+)", message)
     if missing is not None:
         return f"Missing: {missing[1]}. Name a configuration with --config FILE, or give the value as an option."
@@ -168,12 +168,12 @@ def _explain(message: str, expected: dict[str, Any]) -> str:
     return " ".join(message.split())
 
 
-def _describe_type(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """What a value of this type looks like, in words."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return f"one of {', '.join(map(str, typing.get_args(annotation)))}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_describe_type, typing.get_args(annotation)))
+        return " or ".join(map(describe_type, typing.get_args(annotation)))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,0 +1,64 @@
+"""Sphinx configuration: pages in Markdown, API pages from the docstrings."""
+
+from __future__ import annotations
+
+import re
+
+from resnet_bk import __version__
+
+project = "ResNet-BK"
+author = "The ResNet-BK authors"
+copyright = author
+release = __version__
+html_theme = "furo"
+html_title = f"ResNet-BK {__version__}"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+# Docstrings write code in single backticks, as Markdown does.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Cost|Source|Theorem|Not claimed)\b.*:$")
+
+
+def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain text with backticks; spell what reStructuredText would take for markup of its own."""
+    result: list[str] = []
+    literal = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if literal and line.strip() and not indented:
+            literal = False
+        starts = indented and not literal and bool(result) and not result[-1].strip() and _plain(result)
+        if starts:
+            # An indented formula between paragraphs.
+            result[-1:] = ["", "::", ""]
+            literal = True
+        result.append(line if literal else _escape(line))
+    lines[:] = result
+
+
+def _plain(before: list[str]) -> bool:
+    """Whether the last paragraph stands at the margin and opens no section."""
+    last = next((line for line in reversed(before) if line.strip()), "")
+    return bool(last) and not last.startswith(" ") and not _SECTION.match(last) and not last.startswith("- ")
+
+
+def _escape(line: str) -> str:
+    """The line with bars, stars and trailing underscores outside backticks taken literally."""
+    parts = line.split("`")
+    parts[::2] = [re.sub(r"(\||\*(?=\S)|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def setup(app) -> None:
+    # Before napoleon, which reads the sections.
+    app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)

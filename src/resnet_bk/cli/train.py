@@ -1,0 +1,20 @@
+"""`resnet-bk train`: a run from a YAML configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resnet_bk.cli.arguments import parse_run_config
+
+DESCRIPTION = "Train a model. The run's folder receives metrics.jsonl, TensorBoard events and checkpoints."
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Exit status of `resnet-bk train` with these arguments."""
+    config = parse_run_config("train", DESCRIPTION, arguments)
+
+    from resnet_bk.training.run import train_run
+
+    result = train_run(config)
+    print(f"Step {result.step}, {result.tokens:,} tokens read. Checkpoint: {result.checkpoint}")
+    return 0
