@@ -30,7 +30,7 @@ class StreamModel(Protocol):
         """Head matrix [vocab_size, d_model]."""
         ...
 
-    def hidden_states(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def hidden_states(self, input_ids: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
         """Hidden states [B, T, d_model] of `input_ids` [B, T], and the state that continues the stream."""
         ...
 
@@ -147,7 +147,7 @@ def loss_by_position(
             nats += np.bincount(bin_of[inside], weights=losses.cpu().numpy()[inside], minlength=len(sums))
             counts += np.bincount(bin_of[inside], minlength=len(sums))
         for k in counts.nonzero()[0]:
-            sums[k].add_document(nats[k], counts[k])
+            sums[k].add_document(float(nats[k]), int(counts[k]))
     return [s.result(edges[k], edges[k + 1]) for k, s in enumerate(sums) if s.documents]
 
 
@@ -162,7 +162,7 @@ class _BinSums:
         self.origin = 0.0
         self.n = self.s = self.nn = self.sn = self.ss = 0.0
 
-    def add_document(self, nats: float, count: float) -> None:
+    def add_document(self, nats: float, count: int) -> None:
         """Add one document's total loss and number of tokens in this bin."""
         if not self.documents:
             self.origin = nats / count

@@ -65,14 +65,27 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
-        for name in ("steps", "sequence_length", "batch_size", "gradient_accumulation_steps", "log_every",
-                     "evaluation_tokens", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "sequence_length",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "evaluation_tokens",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a whole number >= 1.")
         if self.sequence_length < 2:
             raise ConfigError("training.sequence_length is 1; expected at least 2, because labels are the next tokens.")
-        for name in ("minimum_learning_rate_ratio", "warmup_steps", "weight_decay", "gradient_clip_norm", "evaluate_every",
-                     "checkpoint_every"):
+        for name in (
+            "minimum_learning_rate_ratio",
+            "warmup_steps",
+            "weight_decay",
+            "gradient_clip_norm",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a number >= 0.")
         if not self.learning_rate > 0:
@@ -83,9 +96,7 @@ class TrainingConfig:
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ConfigError(f"training.schedule is {self.schedule!r}; expected cosine, wsd or constant.")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(
-                f"training.precision is {self.precision!r}; expected auto, float32, bfloat16 or float16."
-            )
+            raise ConfigError(f"training.precision is {self.precision!r}; expected auto, float32, bfloat16 or float16.")
 
 
 @dataclass(frozen=True)

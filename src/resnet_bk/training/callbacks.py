@@ -1,0 +1,160 @@
+"""Hooks into a training run, and the three that every run has: metrics file, TensorBoard, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_bk.errors import DataError
+
+if TYPE_CHECKING:
+    from resnet_bk.evaluation.perplexity import StreamEvaluation
+    from resnet_bk.training.trainer import Trainer
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Callback:
+    """Does nothing at every hook; override what you need.
+
+    Hooks run in the order in which callbacks were added and may read `trainer.step`, `trainer.tokens`,
+    `trainer.config`, and call `trainer.stop()` or `trainer.save_checkpoint()`.
+    """
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Before the first step, after a checkpoint was resumed."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After every optimizer step."""
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """A row of metrics is due; `row["kind"]` is `train` or `validation`."""
+
+    def on_evaluate(self, trainer: Trainer, evaluation: StreamEvaluation) -> None:
+        """After an evaluation on the validation split."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """After a checkpoint is complete on disk."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step; also when the run ends with an error."""
+
+
+class MetricsFile(Callback):
+    """Appends every row to `metrics.jsonl`; a resumed run drops the rows that its checkpoint had not reached."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Open the file with the rows up to the current step kept."""
+        path = trainer.output_dir / METRICS_FILE
+        # A run that starts at step 0 in this folder left no checkpoint to continue: its rows go.
+        rows = _complete_rows(path) if trainer.step and path.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.step]
+        temporary = path.with_name(f".partial-{METRICS_FILE}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Write the row through to the system."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """Force the rows to disk: a checkpoint never knows more than the file."""
+        os.fsync(self._file.fileno())
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard(Callback):
+    """Writes every number of every row as a TensorBoard scalar, against the step."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Open the event file; events beyond the current step are marked as superseded."""
+        # Imported here: it takes seconds, and most runs of the library never log.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(trainer.output_dir / "tensorboard"), purge_step=trainer.step + 1)
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Write `kind/name` for every number in the row."""
+        for name, value in row.items():
+            if name not in ("kind", "step") and isinstance(value, int | float):
+                self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class Progress(Callback):
+    """A progress bar on a terminal; one plain line a row elsewhere."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Start the bar at the current step."""
+        self._bar = None
+        if trainer.step:
+            print(f"Resumed at step {trainer.step}.")
+        elif trainer.config.resume:
+            print(f"No checkpoint in {trainer.output_dir} to resume; starting at step 0.")
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=trainer.config.steps, completed=trainer.step)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.step)
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Show the row: training beside the bar, validation above it, or both as lines."""
+        text = _describe(row)
+        if self._bar is None:
+            print(f"step {row['step']}/{trainer.config.steps}  {text}", flush=True)
+        elif row["kind"] == "train":
+            self._bar.update(self._task, description=text)
+        else:
+            self._bar.console.print(f"step {row['step']}  {text}", highlight=False)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """One line of text for a row."""
+    if row["kind"] == "train":
+        return f"loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+    bits = "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits per byte"
+    perplexity = "beyond float64" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+    return f"validation loss {row['loss']:.4f}  perplexity {perplexity}{bits}"
+
+
+def _complete_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line cut off by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{path}, line {number} is not a row of metrics; repair or move the file.")
+        rows.append(row)
+    return rows

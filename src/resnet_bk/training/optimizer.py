@@ -1,0 +1,99 @@
+"""AdamW over the groups that a model ships, and its state as named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_bk.errors import CheckpointError, ConfigError
+from resnet_bk.training.config import TrainingConfig
+
+_STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(model: Any, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `model.parameter_groups(config.weight_decay)`; one fused kernel on a GPU.
+
+    Raises:
+        ConfigError: a parameter narrower than float32, in which small updates would be lost, or in no group or two.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"Parameter {name} is {parameter.dtype}; training keeps float32 parameters. Call model.float() and "
+                "choose the compute dtype with training.precision."
+            )
+    groups = model.parameter_groups(config.weight_decay)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    if sorted(grouped) != sorted(id(parameter) for parameter in model.parameters()):
+        raise ConfigError("model.parameter_groups must hold every parameter exactly once.")
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type == "cuda"
+    )
+
+
+def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of the optimizer as `<what>/<parameter name>`; parameters that never had a gradient have none."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{what}/{names[id(parameter)]}": tensor
+        for parameter, state in optimizer.state.items()
+        for what, tensor in state.items()
+    }
+
+
+def parameters_without_state(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters that never had a gradient."""
+    return [name for name, parameter in model.named_parameters() if parameter not in optimizer.state]
+
+
+def load_optimizer_tensors(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    *,
+    without_state: list[str],
+    file: str,
+) -> None:
+    """Put `tensors`, as `optimizer_tensors` returned them, into the optimizer.
+
+    Args:
+        model: the model whose parameters `optimizer` holds.
+        optimizer: built by `build_optimizer`.
+        tensors: name -> tensor.
+        without_state: parameters that have none, by name.
+        file: where the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: a missing, superfluous or misshapen tensor; nothing was loaded.
+    """
+    parameters = dict(model.named_parameters())
+    expected = {
+        f"{what}/{name}": torch.Size([]) if what == "step" else parameter.shape
+        for name, parameter in parameters.items()
+        if name not in without_state
+        for what in _STATE_NAMES
+    }
+    check_tensors(tensors, expected, file)
+    numbers = {id(p): k for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        what, name = key.split("/", 1)
+        state.setdefault(numbers[id(parameters[name])], {})[what] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, torch.Size], file: str) -> None:
+    """Raise `CheckpointError` naming `file` and the first tensor that is missing, superfluous or misshapen."""
+    for name in expected:
+        if name not in tensors:
+            raise CheckpointError(f"{file} lacks the tensor {name!r}; the file is damaged or of another model.")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise CheckpointError(f"{file} holds an unknown tensor {name!r}; the file is damaged or of another model.")
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}."
+            )

@@ -1,0 +1,87 @@
+"""A whole training run from one `RunConfig`: corpus, tokenizer, model, training, baselines, loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from resnet_bk.data.loader import TokenLoader
+from resnet_bk.data.prepare import PreparedCorpus, prepare_corpus
+from resnet_bk.evaluation.baselines import token_counts, unigram_bits_per_byte, xz_bits_per_byte
+from resnet_bk.evaluation.plots import plot_loss_curve
+from resnet_bk.models.resnet_bk import LanguageModel
+from resnet_bk.training.callbacks import METRICS_FILE, Callback
+from resnet_bk.training.config import RunConfig
+from resnet_bk.training.random_state import seed_everything
+from resnet_bk.training.trainer import Trainer, TrainingResult
+
+CURVE_FILE = "loss.png"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves in memory; checkpoints, metrics and the loss curve are in `training.output_dir`."""
+
+    training: TrainingResult
+    model: LanguageModel
+    """Trained, with its tokenizer."""
+    corpus: PreparedCorpus
+    baselines: dict[str, float]
+    """Bits per byte of the evaluated text; see `validation_baselines`."""
+    loss_curve: Path
+    """PNG of losses and baselines against tokens."""
+
+
+def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress: bool = True) -> RunResult:
+    """The result of training `config.model` on `config.data` as `config.training` says.
+
+    The same configuration on the same machine gives the same parameters, whether or not the run was interrupted.
+
+    Args:
+        config: everything that is chosen.
+        callbacks: passed to the `Trainer`.
+        progress: print baselines and progress.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, BackendError, DomainError: as `prepare_corpus` and `Trainer` do.
+    """
+    training = config.training
+    corpus = prepare_corpus(config.data, config.model.vocab_size)
+    seed_everything(training.seed)
+    trainer = Trainer(
+        LanguageModel(config.model),
+        TokenLoader(corpus.train, training.sequence_length, training.batch_size, seed=training.seed),
+        training,
+        validation=corpus.validation.tokens,
+        tokenizer=corpus.tokenizer,
+        data_config=config.data,
+        callbacks=callbacks,
+        progress=progress,
+    )
+    baselines = validation_baselines(corpus, training.evaluation_tokens)
+    if progress:
+        for name, bits in baselines.items():
+            print(f"baseline {name}: {bits:.4f} bits per byte of the validation text")
+    result = trainer.train()
+    curve = plot_loss_curve(
+        trainer.output_dir / METRICS_FILE, trainer.output_dir / CURVE_FILE, baselines=baselines, title=config.data.name
+    )
+    return RunResult(result, trainer.model, corpus, baselines, curve)
+
+
+def validation_baselines(corpus: PreparedCorpus, evaluation_tokens: int) -> dict[str, float]:
+    """Bits per byte of the text a `Trainer` evaluates, by `unigram` frequencies of the training tokens and by `xz`.
+
+    Empty where the tokenizer does not tell the bytes behind its tokens.
+    """
+    if corpus.tokenizer.byte_lengths is None:
+        return {}
+    tokens = np.asarray(corpus.validation.tokens[1:evaluation_tokens])
+    counts = token_counts(corpus.train.tokens, corpus.tokenizer.vocab_size)
+    return {
+        "unigram": unigram_bits_per_byte(counts, tokens, text_bytes=corpus.tokenizer.text_bytes(tokens)),
+        "xz": xz_bits_per_byte(corpus.tokenizer.decode(tokens.tolist()).encode()),
+    }

@@ -1,0 +1,385 @@
+"""`Trainer`: the training loop for one process on the CPU or one GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resnet_bk.data.config import DataConfig
+from resnet_bk.errors import CheckpointError, ConfigError, DataError, DomainError, ResNetBKError
+from resnet_bk.evaluation.ledger import library_versions
+from resnet_bk.evaluation.perplexity import StreamEvaluation, Tokens, evaluate_stream
+from resnet_bk.tokenizer import Tokenizer
+from resnet_bk.training.batches import BatchLoader, count_targets, model_arguments
+from resnet_bk.training.callbacks import Callback, MetricsFile, Progress, TensorBoard
+from resnet_bk.training.checkpoint import (
+    STATE_FILE,
+    check_same_config,
+    latest_checkpoint,
+    load_training_tensors,
+    read_trainer_state,
+    save_training_checkpoint,
+)
+from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.device import resolve_device, resolve_precision
+from resnet_bk.training.optimizer import build_optimizer, parameters_without_state
+from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
+from resnet_bk.training.schedules import learning_rate_at
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to."""
+
+    step: int
+    """Optimizer steps done, those before a resume included."""
+    tokens: int
+    """Tokens read by those steps."""
+    validation: StreamEvaluation | None
+    """The last evaluation; None without a validation split."""
+    checkpoint: Path | None
+    """The newest checkpoint."""
+
+
+class Trainer:
+    """Trains a language model: AdamW, a learning-rate schedule, clipping, accumulation, evaluation, checkpoints.
+
+    Args:
+        model: a `LanguageModel` or any module with its `forward`, `parameter_groups`, `hidden_states`, `output_weight`,
+            `config` and `save_pretrained`. Parameters are float32 and stay so; it is moved to `config.device`.
+        train_loader: endless, with a position that can be saved; see `BatchLoader`.
+        config: optimisation, evaluation and bookkeeping.
+        validation: token ids [N] of contiguous text; the first `config.evaluation_tokens` are evaluated.
+        tokenizer: saved with every checkpoint, and tells the bytes behind the validation tokens; by default the
+            model's own.
+        data_config: recorded in checkpoints, so that a resume on other data is refused.
+        callbacks: called at every hook after the built-in ones (see `Callback`).
+        progress: show a bar on a terminal, lines elsewhere.
+
+    Raises:
+        ConfigError, BackendError: a device, precision or parameter dtype that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train_loader: BatchLoader,
+        config: TrainingConfig,
+        *,
+        validation: Tokens | None = None,
+        tokenizer: Tokenizer | None = None,
+        data_config: DataConfig | None = None,
+        callbacks: Iterable[Callback] = (),
+        progress: bool = True,
+    ) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.model = model.to(self.device)
+        if tokenizer is not None:
+            self.model.tokenizer = tokenizer
+        self.train_loader = train_loader
+        self.data_config = data_config
+        self.optimizer = build_optimizer(self.model, config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.callbacks: list[Callback] = [MetricsFile()]
+        if config.tensorboard:
+            self.callbacks.append(TensorBoard())
+        if progress:
+            self.callbacks.append(Progress())
+        self.callbacks.extend(callbacks)
+
+        self.validation = None if validation is None else validation[: config.evaluation_tokens]
+        self._text_bytes = None
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if self.validation is not None and tokenizer is not None and tokenizer.byte_lengths is not None:
+            self._text_bytes = tokenizer.text_bytes(np.asarray(self.validation[1:]))
+
+        self.step = 0
+        """Optimizer steps done."""
+        self.tokens = 0
+        """Tokens read by those steps."""
+        self._interval = _Interval()
+        self._overflows = 0
+        self._started = self._stopping = False
+        self._checkpoint: Path | None = None
+        self._evaluation: StreamEvaluation | None = None
+
+    def add_callback(self, callback: Callback) -> None:
+        """Call `callback` at every hook, after those added before."""
+        self.callbacks.append(callback)
+
+    def stop(self) -> None:
+        """End the run after the current step, with a checkpoint."""
+        self._stopping = True
+
+    def train(self) -> TrainingResult:
+        """Run the remaining steps, and return what they came to.
+
+        Raises:
+            DomainError: a loss or gradient that is not finite; names the step and the first parameter concerned.
+                No parameter was changed by that step, and checkpoints on disk are untouched.
+            CheckpointError: `output_dir` holds another run, or a checkpoint that does not fit this one.
+            DataError: the loader ended, or a step had nothing to predict.
+        """
+        config = self.config
+        self._start()
+        self._stopping = False
+        self._call("on_train_start")
+        try:
+            while self.step < config.steps and not self._stopping:
+                self._train_step()
+                self._call("on_step_end")
+                last = self.step == config.steps
+                if last or self._stopping or self.step % config.log_every == 0:
+                    self._log_training()
+                if self.validation is not None and (last or _due(self.step, config.evaluate_every)):
+                    self._log_validation(self.evaluate())
+                if last or self._stopping or _due(self.step, config.checkpoint_every):
+                    self.save_checkpoint()
+        finally:
+            self._call("on_train_end")
+        if self._evaluation is None and self.validation is not None:
+            self._evaluation = self.evaluate()
+        return TrainingResult(self.step, self.tokens, self._evaluation, self._checkpoint)
+
+    def evaluate(self) -> StreamEvaluation:
+        """Loss over the validation tokens, each predicted from all before it."""
+        if self.validation is None:
+            raise DataError("This trainer has no validation tokens; pass validation=... to Trainer.")
+        with self._autocast():
+            # As many tokens at a time as a training step reads: memory that is known to be there.
+            return evaluate_stream(
+                self.model,
+                self.validation,
+                segment_length=self.config.batch_size * self.config.sequence_length,
+                text_bytes=self._text_bytes,
+            )
+
+    def save_checkpoint(self) -> Path:
+        """The checkpoint of the current step, written now unless it exists."""
+        if self._checkpoint is None or self._checkpoint.name != f"step-{self.step:06d}":
+            self._checkpoint = save_training_checkpoint(
+                self.output_dir, self.model, self.optimizer, self._state(), keep=self.config.keep_checkpoints
+            )
+            self._call("on_checkpoint", self._checkpoint)
+        return self._checkpoint
+
+    def _train_step(self) -> None:
+        """One optimizer step over `gradient_accumulation_steps` batches."""
+        started = time.perf_counter()
+        batches = [self._next_batch() for _ in range(self.config.gradient_accumulation_steps)]
+        counts = [count_targets(batch) for batch in batches]
+        targets = sum(counts)
+        if targets == 0:
+            raise DataError(f"Training step {self.step + 1} has no token to predict; check labels and cu_seqlens.")
+        learning_rate = learning_rate_at(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch, count in zip(batches, counts, strict=True):
+            if count == 0:
+                continue
+            on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            with self._autocast():
+                # A batch's loss is the mean over its own targets; weighted so, the sum is the mean over all.
+                part = self.model(**on_device).loss * (count / targets)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss_value, norm_value = torch.stack([loss, norm.double()]).tolist()
+        self._check_finite(loss_value, norm_value)
+        if math.isfinite(norm_value):
+            if self.config.gradient_clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip_norm, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.step += 1
+        self.tokens += tokens
+        self._interval.add(loss_value * targets, targets, norm_value, tokens, time.perf_counter() - started)
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        """The model's arguments for the next batch, where the loader put them."""
+        try:
+            return model_arguments(next(self.train_loader))
+        except StopIteration:
+            raise DataError(f"The training data ended before step {self.step + 1} of {self.config.steps}.") from None
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Raise `DomainError` unless loss and gradients are finite.
+
+        Under float16 a gradient that overflows is how the scaler learns its scale: that step changes nothing, is
+        counted in the metrics as `overflow_steps`, and is an error once the scale has nothing left to give.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 2.0:
+            self._overflows += 1
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+        parameters = list(self.model.named_parameters())
+        where = "every parameter and gradient is finite, so a sum over them overflowed"
+        for kind, tensors in (
+            ("value", [(name, p) for name, p in parameters]),
+            ("gradient", [(name, p.grad) for name, p in parameters if p.grad is not None]),
+        ):
+            bad = next((name for name, tensor in tensors if not torch.isfinite(tensor).all()), None)
+            if bad is not None:
+                where = f"the first parameter whose {kind} is not finite is {bad}"
+                break
+        raise DomainError(
+            f"Training step {self.step + 1}: {what}; {where}. Lower training.learning_rate, lengthen "
+            "training.warmup_steps or use training.precision float32, and resume from the last checkpoint."
+        )
+
+    def _log_training(self) -> None:
+        """Send the mean over the steps since the last row to the callbacks."""
+        row = {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            **self._interval.means(),
+            "learning_rate": learning_rate_at(self.step - 1, self.config),
+        }
+        if self.scaler.is_enabled():
+            row |= {"overflow_steps": self._overflows, "gradient_scale": self.scaler.get_scale()}
+        self._interval = _Interval()
+        self._call("on_log", row)
+
+    def _log_validation(self, evaluation: StreamEvaluation) -> None:
+        """Send an evaluation to the callbacks."""
+        self._evaluation = evaluation
+        self._call("on_evaluate", evaluation)
+        row = {
+            "kind": "validation",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": evaluation.loss,
+            "perplexity": evaluation.perplexity if math.isfinite(evaluation.perplexity) else None,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "evaluated_tokens": evaluation.tokens,
+        }
+        self._call("on_log", row)
+
+    def _start(self) -> None:
+        """Seed a new run, or continue from the newest checkpoint."""
+        if self._started:  # train() called again, after stop()
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        folder = latest_checkpoint(self.output_dir)
+        if folder is None:
+            seed_everything(self.config.seed)
+        elif self.config.resume:
+            self._resume(folder)
+        else:
+            raise CheckpointError(
+                f"training.output_dir holds a run already ({folder}); set training.resume to continue it, or choose "
+                "another folder."
+            )
+        self._started = True
+
+    def _resume(self, folder: Path) -> None:
+        """Continue from `folder` as if the run had never stopped."""
+        state = read_trainer_state(folder)
+        try:
+            check_same_config(state["config"], self._configs(), folder)
+            if state["step"] > self.config.steps:
+                raise ConfigError(
+                    f"training.steps is {self.config.steps}, but {folder} has done {state['step']} already."
+                )
+            without_state = state["parameters_without_optimizer_state"]
+            self.train_loader.load_state_dict(state["data"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self._interval = _Interval(**state["interval"])
+            self._overflows, self.step, self.tokens = state["overflow_steps"], state["step"], state["tokens"]
+            restore_random_state(state["random"], self.device)
+        except ResNetBKError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / STATE_FILE} is damaged ({type(error).__name__}: {error}); use an older checkpoint."
+            ) from error
+        load_training_tensors(folder, self.model, self.optimizer, without_state=without_state)
+        self._checkpoint = folder
+
+    def _state(self) -> dict[str, Any]:
+        """Everything besides tensors that continues the run, in plain JSON types."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "overflow_steps": self._overflows,
+            "interval": dataclasses.asdict(self._interval),
+            "data": self.train_loader.state_dict(),
+            "random": random_state(self.device),
+            "scaler": self.scaler.state_dict(),
+            "parameters_without_optimizer_state": parameters_without_state(self.model, self.optimizer),
+            "config": self._configs(),
+            "versions": library_versions(),
+        }
+
+    def _configs(self) -> dict[str, Any]:
+        """Sections of the run's configuration."""
+        return {
+            "model": self.model.config.to_dict(),
+            "data": None if self.data_config is None else dataclasses.asdict(self.data_config),
+            "training": dataclasses.asdict(self.config),
+        }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+
+@dataclass
+class _Interval:
+    """Sums over the steps since the last row of metrics."""
+
+    nats: float = 0.0
+    targets: int = 0
+    gradient_norm: float = 0.0
+    updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, nats: float, targets: int, gradient_norm: float, tokens: int, seconds: float) -> None:
+        """Add one step; a gradient that overflowed under float16 updated nothing and has no norm."""
+        self.nats += nats
+        self.targets += targets
+        if math.isfinite(gradient_norm):
+            self.gradient_norm += gradient_norm
+            self.updates += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def means(self) -> dict[str, float | None]:
+        """The columns of a row."""
+        return {
+            "loss": self.nats / self.targets,
+            "gradient_norm": self.gradient_norm / self.updates if self.updates else None,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,102 @@
+"""No causal model predicts independent uniform symbols better than chance: a loss below ln V is a leak.
+
+For a causal model the loss of every token has an expectation of at least ln V, whatever was learned, so a validation
+loss more than four standard errors below it means that the model saw what it predicts. Two models that do see it are
+trained the same way, as proof that this harness would notice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from resnet_bk import LanguageModel, ModelConfig, Trainer, TrainingConfig
+from resnet_bk.evaluation.perplexity import PositionBin, loss_by_position
+
+SYMBOLS = 8
+LENGTH = 64
+ROWS = 400
+FLOOR = math.log(SYMBOLS)
+
+
+class UniformLoader:
+    """Endless independent uniform symbols."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __next__(self):
+        return {"input_ids": torch.randint(SYMBOLS, (16, LENGTH), generator=self.generator)}
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state().tolist()}
+
+    def load_state_dict(self, state) -> None:
+        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+
+
+class MeanOfAllTokens(LanguageModel):
+    """Leaks a statistic: every position also sees the mean over the whole sequence, the future included."""
+
+    def hidden_states(self, input_ids, *, state=None, cu_seqlens=None):
+        hidden, state = super().hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens)
+        return hidden + self.norm(self.embedding(input_ids).mean(1, keepdim=True)), state
+
+
+class FaintFuture(LanguageModel):
+    """Leaks faintly: a hundredth of what the next token's embedding amounts to."""
+
+    def hidden_states(self, input_ids, *, state=None, cu_seqlens=None):
+        hidden, state = super().hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens)
+        return hidden + 0.01 * self.norm(self.embedding(input_ids.roll(-1, 1))), state
+
+
+def validation_loss(model_class: type[LanguageModel], folder, **options) -> PositionBin:
+    """Mean and standard error of the loss on fresh symbols, after training to convergence."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=SYMBOLS, d_model=16, num_layers=2, feed_forward_dim=32, head_dim=8, state_size=8, **options
+    )
+    model = model_class(config)
+    training = TrainingConfig(
+        output_dir=str(folder), steps=200, sequence_length=LENGTH, batch_size=16, learning_rate=1e-2, warmup_steps=20,
+        minimum_learning_rate_ratio=0.0, device="cpu", tensorboard=False, evaluate_every=0, checkpoint_every=0,
+    )  # fmt: skip
+    Trainer(model, UniformLoader(), training, progress=False).train()
+    rows = torch.randint(SYMBOLS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    (found,) = loss_by_position(model, list(rows), segment_length=LENGTH, bins=[1, LENGTH])
+    assert found.count == ROWS * (LENGTH - 1)
+    return found
+
+
+def assert_at_the_floor(found: PositionBin) -> None:
+    # Small enough to notice a leak of 1e-3 nats; measured 1.2e-4.
+    assert found.standard_error is not None and found.standard_error < 2.5e-4
+    assert abs(found.mean - FLOOR) <= 4 * found.standard_error, found
+
+
+def test_language_model_stays_at_the_floor(tmp_path):
+    assert_at_the_floor(validation_loss(LanguageModel, tmp_path))
+
+
+@pytest.mark.parametrize("leaky", [MeanOfAllTokens, FaintFuture])
+def test_a_leak_falls_through_the_floor(tmp_path, leaky):
+    found = validation_loss(leaky, tmp_path)
+    # Measured: 46 standard errors below for the mean, 183 for the faint future.
+    assert found.mean < FLOOR - 20 * found.standard_error, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dynamics="decay_only"),
+        dict(dynamics="semiclassical", kernel="transmission", source="free", boundary="wall"),
+        dict(kernel="green", source="unit"),
+        dict(phase_coupling=True, tie_embeddings=False),
+    ],
+)
+def test_every_option_stays_at_the_floor(tmp_path, options):
+    assert_at_the_floor(validation_loss(LanguageModel, tmp_path, **options))
