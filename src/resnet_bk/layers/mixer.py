@@ -115,8 +115,8 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
         """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`)."""
         gate, *operands = self.in_proj(u).split(self.sizes, dim=-1)
-        y, state = self.mix(*operands, state, cu_seqlens)
-        return self.out_proj(gated_norm(y, gate, self.norm_weight, epsilon=self.config.norm_epsilon)), state
+        y, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens)
+        return self.out_proj(gated_norm(y, gate, self.norm_weight, epsilon=self.config.norm_epsilon)), after
 
     def mix(
         self,
@@ -126,6 +126,7 @@ class Mixer(nn.Module):
         potential: Float[Tensor, "batch time heads"],
         absorption: Float[Tensor, "batch time heads"],
         source: Float[Tensor, "batch time heads"],
+        *,
         state: MixerState | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
@@ -147,8 +148,8 @@ class Mixer(nn.Module):
             "scale": config.state_size**-0.5,
         }
         if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
-            operands = (part[:, 0] for part in (query, key, x, gates.log_decay))
-            y, mix = semiseparable_step(*operands, state.mix, source=gates.source[:, 0], **options)
+            now = [part[:, 0] for part in (query, key, x, gates.log_decay, gates.source)]
+            y, mix = semiseparable_step(now[0], now[1], now[2], now[3], state.mix, source=now[4], **options)
             y = y.unsqueeze(1)
         else:
             y, mix = semiseparable_mix(
@@ -175,7 +176,7 @@ class Mixer(nn.Module):
     ) -> tuple[Gates, GreenState | None, GreenState | None, Tensor | None]:
         """Decays, sources and phases of every token, and the scan states after the last one.
 
-        Arguments are the raw projections a, e and s (empty where unused); gates are computed in float32 whatever the model's dtype.
+        Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
         wide = torch.float64 if potential.dtype == torch.float64 else torch.float32
@@ -205,9 +206,7 @@ class Mixer(nn.Module):
             if config.phase_coupling:
                 if config.dynamics == "exact":
                     before = lead if state is None or state.free is None else state.free
-                    m0, free = causal_resolvent(
-                        (-energy).expand_as(eta), eta, initial=before, cu_seqlens=cu_seqlens
-                    )
+                    m0, free = causal_resolvent((-energy).expand_as(eta), eta, initial=before, cu_seqlens=cu_seqlens)
                     turned = scattering_phase(m, m0)
                 else:
                     turned = semiclassical_root((-energy).expand_as(eta), eta)[1] - argument

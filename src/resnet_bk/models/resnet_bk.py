@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from resnet_bk.errors import DomainError, ShapeError
 from resnet_bk.layers.feed_forward import FeedForward
 from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.models import checkpoint as checkpoints
+from resnet_bk.models import generate as generation
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
+    from resnet_bk.models.prompts import AnyPrompts
     from resnet_bk.tokenizer import Tokenizer
 
 
@@ -83,9 +87,9 @@ class Block(nn.Module):
         self, x: Float[Tensor, "batch time d_model"], state: MixerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
         """The residual stream after the block, and the mixer's state."""
-        mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        mixed, after = self.mixer(self.mixer_norm(x), state, cu_seqlens)
         x = x + self.dropout(mixed)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), after
 
 
 class LanguageModel(nn.Module):
@@ -96,6 +100,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
         tokenizer: the `Tokenizer` saved and loaded with the model, or None.
+        generation_config: defaults of `generate`, saved and loaded with the model, or None.
         segment_tokens: tokens (batch times time) worked on at once. Longer inputs run in segments with the state
             carried, and in training their activations are recomputed segment by segment, so memory grows only by
             one residual stream a layer. Results do not depend on it beyond rounding.
@@ -105,6 +110,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.generation_config: generation.GenerationConfig | None = None
         self.segment_tokens = 8192
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -127,9 +133,9 @@ class LanguageModel(nn.Module):
                 nn.init.ones_(module.weight)
             elif isinstance(module, Mixer):
                 module.reset_parameters()
-        for block in self.blocks:
-            for projection in (block.mixer.out_proj, block.feed_forward.out_proj):
-                projection.weight.div_(math.sqrt(2 * self.config.num_layers))
+        for module in self.modules():
+            if isinstance(module, Mixer | FeedForward):
+                module.out_proj.weight.div_(math.sqrt(2 * self.config.num_layers))
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     @property
@@ -195,7 +201,8 @@ class LanguageModel(nn.Module):
         step = input_ids.shape[1]
         if long and cu_seqlens is None:
             step = max(64, self.segment_tokens // input_ids.shape[0] // 64 * 64)
-        states = (None,) * len(self.blocks) if state is None else state.layers
+        states: list[MixerState | None] = [None] * len(self.blocks) if state is None else list(state.layers)
+        following: list[MixerState] = []
         parts = []
         for ids in input_ids.split(step, dim=1):
             x = self.embedding(ids)
@@ -208,9 +215,9 @@ class LanguageModel(nn.Module):
                 else:
                     x, after = block(x, before, cu_seqlens)
                 following.append(after)
-            states = tuple(following)
+            states = list(following)
             parts.append(self.norm(x))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(states)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(tuple(following))
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
@@ -227,6 +234,35 @@ class LanguageModel(nn.Module):
                 f"input_ids holds {bad} at row {row}, position {place}; expected ids in [0, {self.config.vocab_size}). "
                 "The tokenizer and the model have different vocabularies."
             )
+
+    def generate(self, prompts: AnyPrompts, **options: Any) -> Any:
+        """Prompts with their continuations, in the form in which they were given; see `generate.generate`."""
+        return generation.generate(self, prompts, **options)
+
+    def stream(self, prompts: AnyPrompts, **options: Any) -> Iterator[generation.GeneratedToken]:
+        """Tokens of the continuations as they are generated; see `generate.stream`."""
+        return generation.stream(self, prompts, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> Path:
+        """The folder just written: config.json, model.safetensors, generation_config.json and the tokenizer.
+
+        Arguments and errors are those of `checkpoint.save_pretrained`.
+        """
+        return checkpoints.save_pretrained(self, folder, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> LanguageModel:
+        """The model stored in a folder or hub repository, in evaluation mode.
+
+        Arguments and errors are those of `checkpoint.load_pretrained`.
+        """
+        return checkpoints.load_pretrained(cls, source, device=device, dtype=dtype)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """AdamW groups: matrices with `weight_decay`; per-head parameters, biases and norms without."""

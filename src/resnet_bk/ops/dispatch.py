@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -39,11 +40,15 @@ def document_boundaries(cu_seqlens: Tensor, batch: int, time: int) -> list[int]:
     if batch != 1:
         raise ShapeError(f"cu_seqlens packs documents along time and needs batch size 1; got batch size {batch}.")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        raise ShapeError(f"cu_seqlens must be a 1-D integer tensor; got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}.")
+        raise ShapeError(
+            f"cu_seqlens must be a 1-D integer tensor; got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}."
+        )
     bounds = cu_seqlens.tolist()
-    increasing = all(left < right for left, right in zip(bounds, bounds[1:], strict=False))
+    increasing = all(left < right for left, right in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or not increasing:
-        raise ShapeError(f"cu_seqlens must increase strictly from 0 to the {time} tokens given; got {_shorten(bounds)}.")
+        raise ShapeError(
+            f"cu_seqlens must increase strictly from 0 to the {time} tokens given; got {_shorten(bounds)}."
+        )
     return bounds
 
 

@@ -1,7 +1,8 @@
 """The gated norm on blocks of tokens, with a hand-written backward.
 
 With r = (mean(y^2) + epsilon)^(-1/2), n = r y, s = sigmoid(gate) and p = grad * weight:
-    d_gate = p n s (1 + gate (1 - s)),   d_weight = sum grad n gate s,   d_n = p gate s,   d_y = r (d_n - n mean(d_n n)).
+    d_gate = p n s (1 + gate (1 - s)),    d_weight = sum grad n gate s,
+    d_n = p gate s,                       d_y = r (d_n - n mean(d_n n)).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _blocks(y: Tensor) -> Iterator[slice]:
 
 
 def _normed(y: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """y in `dtype` divided by its root mean square per head, and the reciprocal root mean square."""
+    """Y in `dtype` divided by its root mean square per head, and the reciprocal root mean square."""
     wide = y.to(dtype)
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(y.shape[-1]).add_(epsilon).rsqrt_()
     return wide * scale, scale

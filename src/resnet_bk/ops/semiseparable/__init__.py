@@ -88,9 +88,10 @@ def semiseparable_mix(
     memory, position = _initial(initial, rows, heads, state, value, dtype)
     query, key = (x if x.dim() == 4 else x.unsqueeze(2) for x in (query, key))
     if chosen == "reference":
-        operands = (x if x is None else x.to(dtype) for x in (query, key, value, log_decay, source, query_bias, key_bias))
+        wide = [x if x is None else x.to(dtype) for x in (source, query_bias, key_bias, skip)]
+        required = [x.to(dtype) for x in (query, key, value, log_decay)]
         y, final = semiseparable_reference(
-            *operands, frequencies, skip if skip is None else skip.to(dtype), scale, memory, position, bounds
+            *required, *wide, frequencies=frequencies, scale=scale, memory=memory, position=position, bounds=bounds
         )
         y = y.to(value.dtype)
     else:
@@ -137,7 +138,7 @@ def semiseparable_step(
     Raises: ShapeError if the state's rows or sizes differ from the token's.
     Cost: reads and writes the memory once.
     """
-    batch, heads, width = value.shape
+    batch, heads, _ = value.shape
     memory, position = _initial(state, batch, heads, query.shape[-1], value, compute_dtype(value, log_decay))
     query, key = (x if x.dim() == 3 else x.unsqueeze(1) for x in (query, key))
     q, k = scale * per_head(query, query_bias, heads).to(memory.dtype), per_head(key, key_bias, heads).to(memory.dtype)

@@ -59,6 +59,7 @@ def semiseparable_op(
         memory = work.turn(chain[-1], start - end)
         if documents is None:
             final[rows] = memory
+            continue
         for c, after in ends.items():
             final[documents.ending[start // chunk + c]] = work.turn(after, -(c + 1) * chunk)[0]
     return y, final, kept
@@ -179,7 +180,9 @@ def _like(x: Tensor | None, value: Tensor) -> Tensor:
 
 
 @semiseparable_op.register_fake
-def _(query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, starts, scale, chunk, save):
+def _(
+    query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, starts, scale, chunk, save
+):
     # The number of segments is the operator's own affair: an unbacked size keeps it opaque to compilers.
     segments = torch.library.get_ctx().new_dynamic_size() if save else 0
     kept = initial.new_empty(segments, value.shape[0], *initial.shape[1:])
@@ -214,8 +217,10 @@ def _backward(ctx, grad_y, grad_final, _):
         grad if like is None else grad.to(like.dtype)
         for grad, like in zip(grads, (*tensors[:7], tensors[8], tensors[9]), strict=True)
     )
-    optional = [grad if like is not None else None for grad, like in zip(
-        (source, query_bias, key_bias), tensors[4:7], strict=True)]
+    optional = [
+        grad if like is not None else None
+        for grad, like in zip((source, query_bias, key_bias), tensors[4:7], strict=True)
+    ]
     d_skip = skip if tensors[8] is not None else None
     return (query, key, d_value, log_decay, *optional, None, d_skip, d_initial, None, None, None, None)
 

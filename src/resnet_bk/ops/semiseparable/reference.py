@@ -38,8 +38,9 @@ def semiseparable_reference(
     source: Tensor | None,
     query_bias: Tensor | None,
     key_bias: Tensor | None,
-    frequencies: Tensor | None,
     skip: Tensor | None,
+    *,
+    frequencies: Tensor | None,
     scale: float,
     memory: Tensor,
     position: Tensor,
@@ -49,7 +50,7 @@ def semiseparable_reference(
 
     `query` and `key` are [batch, time, heads or 1, state]; rows are documents when `bounds` is given.
     """
-    batch, time, heads, _ = value.shape
+    time, heads = value.shape[1:3]
     query, key = scale * per_head(query, query_bias, heads), per_head(key, key_bias, heads)
     starts = {} if bounds is None else {start: row for row, start in enumerate(bounds[:-1])}
     initial, offset, finals, outputs = memory, position, [], []

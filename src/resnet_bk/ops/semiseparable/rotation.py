@@ -30,10 +30,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-def turn_into(out: Tensor, x: Tensor, cos: Tensor | float, sin: Tensor | None) -> Tensor:
-    """`rotate` written into `out`, `x` and the phases broadcast to it; `sin` None copies. Saves the temporaries."""
-    if sin is None:
+def turn_into(out: Tensor, x: Tensor, phases: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`rotate` written into `out`, `x` and the phases broadcast to it; None copies. Saves the temporaries."""
+    if phases is None:
         return out.copy_(x)
+    cos, sin = phases
     first, second = x.chunk(2, dim=-1)
     low, high = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)

@@ -136,10 +136,12 @@ class Segments:
         if bias is None:
             return None
         bias = (scale * bias.to(self.dtype))[:, None]
-        shape = (self.layout.chunks, self.layout.chunk, -1)
-        cos, sin = (1.0, None) if self.phases is None else (part.view(shape)[:, None] for part in self.phases)
-        table = bias.new_empty(self.layout.chunks, bias.shape[0], self.layout.chunk, bias.shape[-1])
-        return turn_into(table, bias, cos, sin)[:, None]
+        chunks, chunk = self.layout.chunks, self.layout.chunk
+        phases = None
+        if self.phases is not None:
+            cos, sin = (part.view(chunks, 1, chunk, -1) for part in self.phases)
+            phases = cos, sin
+        return turn_into(bias.new_empty(chunks, bias.shape[0], chunk, bias.shape[-1]), bias, phases)[:, None]
 
     def buffer(self, name: str, *shape: int, extra: int = 0) -> Tensor:
         """Uninitialised [chunks + extra, rows, heads, *shape]; one storage a name, kept between calls."""
