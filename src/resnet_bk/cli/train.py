@@ -16,5 +16,6 @@ def run(arguments: Sequence[str]) -> int:
     from resnet_bk.training.run import train_run
 
     result = train_run(config)
-    print(f"Step {result.step}, {result.tokens:,} tokens read. Checkpoint: {result.checkpoint}")
+    done = result.training
+    print(f"Step {done.step}, {done.tokens:,} tokens read.\nLoss curve: {result.loss_curve}\nModel: {done.checkpoint}")
     return 0
