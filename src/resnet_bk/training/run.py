@@ -27,7 +27,7 @@ class RunResult:
 
     training: TrainingResult
     model: LanguageModel
-    """Trained, with its tokenizer."""
+    """Trained, in evaluation mode, with its tokenizer."""
     corpus: PreparedCorpus
     baselines: dict[str, float]
     """Bits per byte of the evaluated text; see `validation_baselines`."""
@@ -69,7 +69,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
     curve = plot_loss_curve(
         trainer.output_dir / METRICS_FILE, trainer.output_dir / CURVE_FILE, baselines=baselines, title=config.data.name
     )
-    return RunResult(result, trainer.model, corpus, baselines, curve)
+    return RunResult(result, trainer.model.eval(), corpus, baselines, curve)
 
 
 def validation_baselines(corpus: PreparedCorpus, evaluation_tokens: int) -> dict[str, float]:
