@@ -137,7 +137,7 @@ def layer(lengths: list[int], repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Run one question and append its row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time of the mixing layer on a CPU.")
     parser.add_argument("question", choices=("flatness", "mixing", "layer"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--longest", type=int, default=None, help="tokens; default 131072 (flatness) or 32768 (layer)")

@@ -201,10 +201,11 @@ class Segments:
 
     def bias_gradient(self, table: Tensor, scale: float) -> Tensor:
         """Gradient of a per-head bias [heads, state] from that of its table [chunks, heads, chunk, state]."""
-        grad = table.movedim(1, 0).flatten(1, 2)
         if self.phases is not None:
-            grad = rotate(grad, self.phases[0], -self.phases[1])
-        return scale * grad.sum(1)
+            chunks, chunk = self.layout.chunks, self.layout.chunk
+            cos, sin = (part.view(chunks, 1, chunk, -1) for part in self.phases)
+            table = turn_into(torch.empty_like(table), table, (cos, -sin))
+        return scale * table.sum((0, 2))
 
     def turn(self, memory: Tensor, sites: int) -> Tensor:
         """`memory` [rows, heads, state, value] with its key channels turned by `sites` positions."""
