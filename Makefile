@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes; each runs on one thread.
 WORKERS ?= 2
+# What to test, and options for the demo's training, such as --training.steps 100.
+TESTS ?= tests
+DEMO_OPTIONS ?=
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -29,13 +32,13 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 demo: setup ## Train the tiny preset on real text, compare it with baselines, plot it, let it write (under 10 minutes).
-	$(BIN)/resnet-bk demo --config configs/demo.yaml
+	$(BIN)/resnet-bk demo --config configs/demo.yaml $(DEMO_OPTIONS)
 
 test: setup ## Run the tests, without the slow ones.
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-all: setup ## Run every test and report the coverage of src.
-	$(PYTEST) -n $(WORKERS) --cov --cov-report=term
+	$(PYTEST) -n $(WORKERS) --cov --cov-report=term $(TESTS)
 
 check: setup ## Lint, format, types and the layering of imports.
 	$(BIN)/ruff check .
