@@ -284,7 +284,7 @@ def test_the_folder_s_generation_config_is_the_default(model):
         assert len(generate(model, prompt, config=GenerationConfig(max_new_tokens=3))) == 8
         assert len(generate(model, prompt, max_length=6)) == 6
     finally:
-        del model.generation_config
+        model.generation_config = None
 
 
 @pytest.mark.parametrize(

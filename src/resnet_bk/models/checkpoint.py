@@ -80,7 +80,7 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike[str], *, max
         temporary.mkdir(parents=True)
         write_weights(model, temporary, max_shard_size)
         _write_json(temporary / CONFIG_FILE, _config_json(model))
-        generation = getattr(model, "generation_config", None) or GenerationConfig()
+        generation = model.generation_config or GenerationConfig()
         _write_json(temporary / GENERATION_FILE, generation.to_dict())
         if model.tokenizer is not None:
             model.tokenizer.save(temporary / TOKENIZER_FILE)

@@ -136,7 +136,7 @@ def _prepare(
     options: GenerationOptions,
 ) -> tuple[Prompts, GenerationConfig]:
     """Prompts and options after every check, with `stop_tokens` and `seed` settled."""
-    default: GenerationConfig = config or getattr(model, "generation_config", None) or GenerationConfig()
+    default: GenerationConfig = config or model.generation_config or GenerationConfig()
     settings = default.replace(options)
     vocabulary = model.config.vocab_size
     read = read_prompts(prompts, attention_mask, vocabulary, model.tokenizer)
