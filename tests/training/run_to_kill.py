@@ -11,7 +11,7 @@ from resnet_bk import LanguageModel, ModelConfig, Trainer, TrainingConfig
 from resnet_bk.data.loader import TokenLoader
 from resnet_bk.data.shards import TokenDataset
 
-STEPS = 150
+STEPS = 80
 
 
 def build(folder: str) -> Trainer:
@@ -21,8 +21,8 @@ def build(folder: str) -> Trainer:
         ModelConfig(vocab_size=13, d_model=16, num_layers=2, feed_forward_dim=24, head_dim=8, state_size=4, dropout=0.1)
     )
     config = TrainingConfig(
-        output_dir=folder, steps=STEPS, sequence_length=16, batch_size=2, warmup_steps=20, log_every=1,
-        evaluate_every=40, checkpoint_every=7, device="cpu", tensorboard=False, resume=True,
+        output_dir=folder, steps=STEPS, sequence_length=16, batch_size=2, warmup_steps=10, log_every=1,
+        evaluate_every=25, checkpoint_every=7, device="cpu", tensorboard=False, resume=True,
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, 13, 1000)
     loader = TokenLoader(TokenDataset.from_ids("train", tokens), config.sequence_length, config.batch_size)

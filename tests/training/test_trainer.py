@@ -243,19 +243,25 @@ def test_hooks_come_in_order(tiny):
         validation=tiny.validation, callbacks=[recorder], progress=False,
     )  # fmt: skip
     trainer.train()
-    assert recorder.calls == ["start", 1, 2, "evaluate", "step-000002", 3, "evaluate", "step-000003", "end"]
+    assert recorder.calls == ["start", 1, "evaluate", 2, "step-000002", "evaluate", 3, "step-000003", "end"]
 
 
 def test_stop_saves_and_train_continues(tiny):
     whole = tiny.model()
-    Trainer(whole, tiny.loader(), tiny.config(output_dir=tiny.config().output_dir + "whole"), progress=False).train()
+    options = dict(log_every=3)
+    folder = tiny.config().output_dir + "whole"
+    reference = Trainer(whole, tiny.loader(), tiny.config(output_dir=folder, **options), progress=False)
+    reference.train()
     model = tiny.model()
     recorder = Recorder(stop_at=2)
-    trainer = Trainer(model, tiny.loader(), tiny.config(), callbacks=[recorder], progress=False)
+    trainer = Trainer(model, tiny.loader(), tiny.config(**options), callbacks=[recorder], progress=False)
     assert trainer.train().checkpoint.name == "step-000002"
     assert trainer.train().step == 6
     assert recorder.calls == ["start", 1, 2, "step-000002", "end", "start", 3, 4, 5, 6, "step-000006", "end"]
-    assert [row["step"] for row in read_rows(trainer, "train")] == [1, 2, 3, 4, 5, 6]
+    # Stopping between two rows changes neither.
+    assert [row["loss"] for row in read_rows(trainer, "train")] == [
+        row["loss"] for row in read_rows(reference, "train")
+    ]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
@@ -296,3 +302,21 @@ def test_narrow_parameters_are_refused(tiny):
 def test_evaluation_needs_tokens(tiny):
     with pytest.raises(DataError, match="no validation tokens"):
         Trainer(tiny.model(), tiny.loader(), tiny.config()).evaluate()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "float16", "float32"])
+def test_a_gpu_run_learns_and_resumes(tiny, precision):
+    options = dict(device="cuda", precision=precision, schedule="constant", learning_rate=2e-2)
+    config = tiny.config(steps=20, **options)
+    first = Trainer(tiny.model(), tiny.loader(), config, validation=tiny.validation, progress=False)
+    before = first.evaluate().loss
+    first.train()
+    model = tiny.model()
+    config = tiny.config(steps=60, resume=True, **options)
+    second = Trainer(model, tiny.loader(), config, validation=tiny.validation, progress=False)
+    assert second.train().validation.loss < before - 0.3
+    assert [row["step"] for row in read_rows(second, "train")] == list(range(1, 61))
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cuda")}
+    state = json.loads((second.output_dir / "step-000060" / "trainer_state.json").read_text())
+    assert state["random"]["cuda"] and bool(state["scaler"]) == (precision == "float16")

@@ -28,7 +28,7 @@ class Callback:
         """Before the first step, after a checkpoint was resumed."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """After every optimizer step."""
+        """After every optimizer step and its rows of metrics."""
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """A row of metrics is due; `row["kind"]` is `train` or `validation`."""

@@ -139,12 +139,13 @@ class Trainer:
         try:
             while self.step < config.steps and not self._stopping:
                 self._train_step()
-                self._call("on_step_end")
                 last = self.step == config.steps
-                if last or self._stopping or self.step % config.log_every == 0:
+                if last or self.step % config.log_every == 0:
                     self._log_training()
                 if self.validation is not None and (last or _due(self.step, config.evaluate_every)):
                     self._log_validation(self.evaluate())
+                # A hook may save or stop, so it comes after the rows that a checkpoint of this step must know.
+                self._call("on_step_end")
                 if last or self._stopping or _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
         finally:
