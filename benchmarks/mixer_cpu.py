@@ -25,6 +25,8 @@ from resnet_bk.models.config import ModelConfig
 
 D_MODEL = 512
 ATTENTION_HEADS = 8
+QUESTIONS = {"mixing": 2048, "layer": 32768, "flatness": 131072}
+"""Question -> longest sequence in tokens."""
 CONFIG = ModelConfig(vocab_size=2, d_model=D_MODEL, num_layers=1)
 
 
@@ -136,36 +138,34 @@ def layer(lengths: list[int], repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run one question and append its row."""
+    """Run the questions asked for and append their rows."""
     parser = argparse.ArgumentParser(description="Time of the mixing layer on a CPU.")
-    parser.add_argument("question", choices=("flatness", "mixing", "layer"))
+    parser.add_argument("question", nargs="?", choices=("all", *QUESTIONS), default="all")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--longest", type=int, default=None, help="tokens; default 131072 (flatness) or 32768 (layer)")
+    parser.add_argument("--longest", type=int, default=None, help="tokens; the default is in QUESTIONS")
     parser.add_argument("--no-row", action="store_true", help="print only, append nothing to the ledger")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    start = time.perf_counter()
-    if arguments.question == "mixing":
-        tokens = 2048
-        metrics = mixing(tokens, arguments.repeats)
-    elif arguments.question == "flatness":
-        tokens = arguments.longest or 131072
-        metrics = flatness([n for n in (2048, 8192, 32768, 131072) if n <= tokens], tokens, arguments.repeats)
-    else:
-        tokens = arguments.longest or 32768
-        metrics = layer([2**p for p in range(9, 16) if 2**p <= tokens], arguments.repeats)
-    metrics = {"question": arguments.question, "threads": torch.get_num_threads(), **metrics}
-    print({name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()})
-    if not arguments.no_row:
-        append_row(
-            "mixer-cpu",
-            command=f"python benchmarks/mixer_cpu.py {arguments.question} --repeats {arguments.repeats}",
-            config=CONFIG,
-            seeds=[0],
-            metrics=metrics,
-            wall_seconds=time.perf_counter() - start,
-            tokens=tokens,
-        )
+    for question in QUESTIONS if arguments.question == "all" else (arguments.question,):
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        tokens = arguments.longest or QUESTIONS[question]
+        if question == "mixing":
+            metrics = mixing(tokens, arguments.repeats)
+        elif question == "flatness":
+            metrics = flatness([n for n in (2048, 8192, 32768, 131072) if n <= tokens], tokens, arguments.repeats)
+        else:
+            metrics = layer([2**p for p in range(9, 16) if 2**p <= tokens], arguments.repeats)
+        print(question, {name: round(value, 3) for name, value in metrics.items()}, flush=True)
+        if not arguments.no_row:
+            append_row(
+                "mixer-cpu",
+                command=f"python benchmarks/mixer_cpu.py {question} --repeats {arguments.repeats}",
+                config=CONFIG,
+                seeds=[0],
+                metrics={"question": question, **metrics},
+                wall_seconds=time.perf_counter() - start,
+                tokens=tokens,
+            )
 
 
 if __name__ == "__main__":
