@@ -89,7 +89,9 @@ def _workspace(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dty
     size = math.prod(shape)
     kept = _local.buffers.get((name, dtype))
     if kept is None or kept.numel() < size:
-        kept = _local.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        # A storage born in inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            kept = _local.buffers[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return kept[:size].view(shape)
 
 
