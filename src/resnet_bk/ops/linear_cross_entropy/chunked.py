@@ -10,13 +10,13 @@ from resnet_bk.ops.linear_cross_entropy.reference import counted_rows
 
 # Logits alive at one time. On CPU a chunk should stay in the cache; a GPU needs large matrix products instead.
 _CPU_LOGITS = 2**20
-_GPU_LOGITS = 2**27
+_GPU_LOGITS = 2**26
 # Below this many rows the matrix products slow down, however large the vocabulary.
 _FEWEST_TOKENS = 64
 
 
 def default_chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk that make about 2^20 logits on CPU and 2^27 elsewhere, and at least 64."""
+    """Tokens per chunk that make about 2^20 logits on CPU and 2^26 elsewhere, and at least 64."""
     logits = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
     return max(_FEWEST_TOKENS, logits // vocabulary)
 
