@@ -18,8 +18,6 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# Docstrings write code in single backticks, as Markdown does.
-default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -27,6 +25,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Cost|Source|Theorem|Not claimed)\b.*:$")
+
+_LABEL = re.compile(r"^(Theorem|Measured|Heuristic|Not claimed|Cost|Source): ")
 
 
 def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
@@ -42,6 +42,8 @@ def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
             # An indented formula between paragraphs.
             result[-1:] = ["", "::", ""]
             literal = True
+        elif _LABEL.match(line) and result and result[-1].strip():
+            result.append("")
         result.append(line if literal else _escape(line))
     lines[:] = result
 
@@ -53,12 +55,28 @@ def _plain(before: list[str]) -> bool:
 
 
 def _escape(line: str) -> str:
-    """The line with bars, stars and trailing underscores outside backticks taken literally."""
+    """The line with code in double backticks, and bars, stars and trailing underscores outside it taken literally."""
     parts = line.split("`")
     parts[::2] = [re.sub(r"(\||\*(?=\S)|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
-    return "`".join(parts)
+    return "``".join(parts)
+
+
+_fields: dict[str, list[str]] = {}
+
+
+def _keep_field(app, what, name, obj, options, lines: list[str]) -> None:
+    """Remember a field's docstring as it is: napoleon takes what stands before a colon in it for the field's type."""
+    if what in ("attribute", "property"):
+        _fields[name] = list(lines)
+
+
+def _restore_field(app, what, name, obj, options, lines: list[str]) -> None:
+    if what in ("attribute", "property"):
+        lines[:] = _fields[name]
 
 
 def setup(app) -> None:
-    # Before napoleon, which reads the sections.
+    # Around napoleon, which has priority 500.
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-process-docstring", _keep_field, priority=401)
+    app.connect("autodoc-process-docstring", _restore_field, priority=600)
