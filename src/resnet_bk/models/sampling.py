@@ -169,8 +169,8 @@ def keep_top_p(logits: Float[Tensor, "rows vocabulary"], p: float) -> Float[Tens
     """
     if p == 1:
         return logits
-    ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(outside, -torch.inf)

@@ -39,7 +39,7 @@ def linear_cross_entropy(
         targets: token ids in [0, vocabulary), or `ignore_index`. Nothing is computed for an ignored token.
         ignore_index: the target that does not count.
         reduction: "mean" over counted targets, "sum", or "none" for one loss a token.
-        chunk_tokens: tokens whose logits exist at one time; the default makes about 2^20 logits on CPU, 2^27 on a GPU.
+        chunk_tokens: tokens whose logits exist at one time; the default makes about 2^20 logits on CPU, 2^26 on a GPU.
         backend: "reference" forms all logits at once, "chunked" those of one chunk.
 
     Returns:

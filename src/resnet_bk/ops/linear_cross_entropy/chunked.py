@@ -47,29 +47,37 @@ def linear_cross_entropy_op(
     grad_hidden, grad_weight = _gradient_buffers(hidden, weight, hidden_gradient, weight_gradient)
     length = min(chunk_tokens or default_chunk_tokens(vocabulary, hidden.device), max(rows.numel(), 1))
     matrix = weight.to(matmul_dtype)
-    scores = torch.empty(length, vocabulary, dtype=matmul_dtype, device=hidden.device)
-    log_probabilities = torch.empty(length, vocabulary, dtype=wide, device=hidden.device)
+    # A GPU multiplies narrow numbers and stores the product wide in one go; elsewhere it is stored narrow.
+    widens = hidden.is_cuda and matmul_dtype != wide
+    narrow = torch.empty(length, vocabulary, dtype=matmul_dtype, device=hidden.device)
+    scores = torch.empty_like(narrow, dtype=wide) if widens else narrow
+    log_probabilities = torch.empty_like(narrow, dtype=wide)
     for chunk, target, loss in zip(rows.split(length), counted.split(length), losses.split(length), strict=True):
         tokens = hidden[chunk].to(matmul_dtype)
-        logits, logp = scores[: len(chunk)], log_probabilities[: len(chunk)]
-        torch.mm(tokens, matrix.T, out=logits)
+        logits, logp, grad_logits = (buffer[: len(chunk)] for buffer in (scores, log_probabilities, narrow))
+        if widens:
+            torch.mm(tokens, matrix.T, out_dtype=wide, out=logits)
+        else:
+            torch.mm(tokens, matrix.T, out=logits)
         torch.log_softmax(logits, dim=1, dtype=wide, out=logp)
         picked = logp.gather(1, target[:, None])
         torch.neg(picked[:, 0], out=loss)
         if not (hidden_gradient or weight_gradient):
             continue
-        # d loss / d logits = probabilities - one_hot(target), written over the logits. p - 1 is taken before narrowing.
-        torch.exp(logp, out=logits).scatter_(1, target[:, None], picked.expm1().to(matmul_dtype))
+        # d loss / d logits = probabilities - one_hot(target); p - 1 is taken before narrowing.
+        torch.exp(logp, out=grad_logits).scatter_(1, target[:, None], picked.expm1().to(matmul_dtype))
         share = None if token_weights is None else token_weights[chunk, None]
         if hidden_gradient:
-            product = logits @ matrix
+            product = grad_logits @ matrix
             grad_hidden[chunk] = (product if share is None else product * share).to(hidden.dtype)
         if weight_gradient:
             tokens = tokens if share is None else (tokens * share).to(matmul_dtype)
             if matmul_dtype == wide:
-                grad_weight.addmm_(logits.T, tokens)
+                grad_weight.addmm_(grad_logits.T, tokens)
+            elif widens:
+                torch.addmm(grad_weight, grad_logits.T, tokens, out_dtype=wide, out=grad_weight)
             else:
-                grad_weight.add_(logits.T @ tokens)
+                grad_weight.add_(grad_logits.T @ tokens)
     if reduction == "none":
         result = losses.new_zeros(targets.shape).index_copy_(0, rows, losses)
     else:
