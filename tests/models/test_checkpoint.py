@@ -210,7 +210,7 @@ def test_other_people_s_folders_are_not_overwritten(tmp_path, name):
         save_pretrained(make_model(), tmp_path / name)
 
 
-@pytest.mark.parametrize("step", ["write_weights", "_write_json", "_force_to_disk", "_replace_folder"])
+@pytest.mark.parametrize("step", ["write_weights", "_write_json", "force_to_disk", "_replace_folder"])
 def test_a_failed_save_leaves_the_old_folder_whole_and_nothing_else(monkeypatch, folder, step):
     real, calls = getattr(checkpoint, step), []
 

@@ -87,7 +87,7 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike[str], *, max
         for path in kept:
             shutil.copy2(path, temporary / path.name)
         for path in [*temporary.iterdir(), temporary]:
-            _force_to_disk(path)
+            force_to_disk(path)
         _replace_folder(target, temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written ({error}); free the disk or choose another.") from error
@@ -293,7 +293,7 @@ def _replace_folder(target: Path, temporary: Path) -> None:
         if old is not None:
             old.rename(target)
         raise
-    _force_to_disk(target.parent)
+    force_to_disk(target.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -302,7 +302,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
     """Flush a file, or a folder's entries, to the device."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

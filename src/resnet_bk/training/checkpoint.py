@@ -8,7 +8,6 @@ folder of the final name is complete. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from resnet_bk.errors import CheckpointError
-from resnet_bk.models.checkpoint import load_weights
+from resnet_bk.models.checkpoint import force_to_disk, load_weights
 from resnet_bk.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -79,9 +78,9 @@ def save_training_checkpoint(
         with_format = {"format": FORMAT, **state}
         (temporary / STATE_FILE).write_text(json.dumps(with_format, allow_nan=False), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
-            _force_to_disk(path)
+            force_to_disk(path)
         temporary.rename(final)
-        _force_to_disk(output_dir)
+        force_to_disk(output_dir)
         for old in list_checkpoints(output_dir)[:-keep]:
             # Renamed first: a kill while deleting must not leave half a checkpoint under a valid name.
             old.rename(output_dir / f"{old.name}{_PARTIAL}")
@@ -160,12 +159,3 @@ def _remove_partial(output_dir: Path) -> None:
     """Delete what a killed run left unfinished."""
     for path in output_dir.glob(f"*step-*{_PARTIAL}*"):
         shutil.rmtree(path)
-
-
-def _force_to_disk(path: Path) -> None:
-    """Flush a file or a folder's entries to the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
