@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resnet_bk.errors import ShapeError
+from resnet_bk.errors import DomainError, ShapeError
 from resnet_bk.ops.dispatch import Backend, choose_backend, compute_dtype, document_boundaries
 from resnet_bk.ops.semiseparable.chunked import semiseparable_op
 from resnet_bk.ops.semiseparable.reference import mix_step, per_head, semiseparable_reference
@@ -62,7 +62,7 @@ def semiseparable_mix(
         scale: factor on the scores.
         initial: state to continue from, one row per sequence (per document with `cu_seqlens`); None is empty.
         cu_seqlens: boundaries 0 = b_0 < ... < b_documents = time of documents packed along time (batch 1).
-        chunk_size: tokens per score matrix; a power of two.
+        chunk_size: tokens per score matrix; at least 1.
         backend: "reference" runs token by token, "chunked" in matrix products on any device.
 
     Returns:
@@ -70,7 +70,7 @@ def semiseparable_mix(
 
     Raises:
         ShapeError: shapes that do not fit; the message names the tensor.
-        BackendError: an unknown backend.
+        DomainError: chunk_size < 1. BackendError: an unknown backend.
 
     Numerics: decays, cumulative sums (restarted in every chunk) and memory in float32 at least. Only differences of
     positions enter, and the initial angle is reduced in float64, so positions beyond 2^24 are as exact as small ones.
@@ -82,6 +82,8 @@ def semiseparable_mix(
     batch, time, heads, state = _check_shapes(
         query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip
     )
+    if chunk_size < 1:
+        raise DomainError(f"chunk_size is {chunk_size}; expected at least one token per score matrix.")
     dtype = compute_dtype(value, log_decay)
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
@@ -141,7 +143,8 @@ def semiseparable_step(
     batch, heads, _ = value.shape
     memory, position = _initial(state, batch, heads, query.shape[-1], value, compute_dtype(value, log_decay))
     query, key = (x if x.dim() == 3 else x.unsqueeze(1) for x in (query, key))
-    q, k = scale * per_head(query, query_bias, heads).to(memory.dtype), per_head(key, key_bias, heads).to(memory.dtype)
+    q = scale * per_head(query.to(memory.dtype), query_bias, heads)
+    k = per_head(key.to(memory.dtype), key_bias, heads)
     if frequencies is not None:
         cos, sin = (part[:, None] for part in phase_table(position, frequencies, memory.dtype))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -128,7 +128,6 @@ def semiseparable_backward_op(
             if documents is not None and place in documents.starting:
                 d_first = torch.addcmul(d_chain[c], d_chain[c + 1], work.across[c])
                 d_initial[documents.starting[place]] = work.turn(d_first, -c * chunk)[0]
-                d_chain[c] = 0
             else:
                 d_chain[c].addcmul_(d_chain[c + 1], work.across[c])
         behind = d_chain[0].clone()

@@ -20,7 +20,8 @@ def mix_step(
     """Output [rows, heads, value] of one token and the memory after it; query and key [rows, heads, state]."""
     incoming = value if source is None else source[..., None] * value
     memory = log_decay.exp()[..., None, None] * memory + key[..., :, None] * incoming[..., None, :]
-    y = torch.einsum("bhk,bhkp->bhp", query, memory)
+    with torch.autocast(memory.device.type, enabled=False):  # the memory is never read in less than float32
+        y = torch.einsum("bhk,bhkp->bhp", query, memory)
     return (y if skip is None else y + skip[:, None] * value), memory
 
 
