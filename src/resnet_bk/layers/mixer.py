@@ -239,7 +239,7 @@ def _accumulate(turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None)
     total = turned.double().cumsum(1)
     if cu_seqlens is None:
         total = total if start is None else total + start[:, None]
-        return total, total[:, -1]
+        return total, total[:, -1].clone()  # a view would keep all sites alive
     bounds = cu_seqlens.long()
     before = torch.cat((total.new_zeros(1, total.shape[2]), total[0]))[bounds[:-1]]
     offset = -before if start is None else start - before
