@@ -124,9 +124,15 @@ def test_demo_compares_plots_and_writes(toy_run, tmp_path, capsys):
     status = main([*arguments, "--training.steps=60", "--training.learning_rate=1e-2"])
     output = capsys.readouterr().out
     assert status == 0, output
-    for part in ("unigram", "xz", "this model", "loss.png", "a sample, after the prompt 'def '"):
+    for part in ("unigram", "xz", "this model", "loss.png", "a sample, after the prompt 'def'"):
         assert part in output
     assert (tmp_path / "run" / "loss.png").is_file()
+
+    again = [*arguments, "--training.steps=60", "--training.learning_rate=1e-2", "--training.resume=true"]
+    assert main(again) == 0, "a finished demo shows its result again"
+    repeated = capsys.readouterr().out
+    assert "Continuing the run" in repeated
+    assert repeated.split("Bits per byte")[1] == output.split("Bits per byte")[1]
 
 
 def test_demo_fails_when_the_model_learned_nothing(toy_run, tmp_path, capsys):

@@ -82,6 +82,9 @@ def _dispatch(arguments: list[str]) -> int:
         from resnet_bk.models.config import unknown_key_message
 
         raise ConfigError(unknown_key_message(name, list(COMMANDS), what="command"))
+    # Torch's threads spin while they wait for each other. On a machine that does anything else besides, the default of
+    # libgomp makes a step several times slower; this many turns cost nothing on a quiet one. Read when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     return importlib.import_module(f"resnet_bk.cli.{name}").run(rest)
 
 

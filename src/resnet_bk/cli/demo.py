@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from resnet_bk.training.run import RunResult
 
 DESCRIPTION = "Train as `resnet-bk train` does, then compare with baselines, plot the loss and write a sample."
-PROMPT = "def "
+PROMPT = "def"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk demo` with these arguments; 1 if the model did not beat the unigram baseline."""
     config = parse_run_config("demo", DESCRIPTION, arguments)
 
+    from resnet_bk.training.checkpoint import latest_checkpoint
     from resnet_bk.training.run import train_run
 
+    output = config.training.output_dir
+    if config.training.resume and latest_checkpoint(output) is not None:
+        print(f"Continuing the run in {output}; delete that folder to begin anew.")
     print(f"Training for {config.training.steps} steps on {config.data.name}.", flush=True)
     result = train_run(config)
     print(_comparison(result))
