@@ -164,16 +164,16 @@ class LanguageModel(nn.Module):
             return_logits: None computes logits exactly when there are no labels.
 
         Raises:
-            ShapeError: `input_ids` is not [batch, time] or `labels` has another shape.
+            ShapeError: `input_ids` is not [batch, time], `labels` has another shape, `state` does not fit.
             DomainError: a token id outside the vocabulary (names the first), or labels without a single target.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ShapeError(
+                f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}."
+            )
         hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens)
         loss = None
         if labels is not None:
-            if labels.shape != input_ids.shape:
-                raise ShapeError(
-                    f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}."
-                )
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             if cu_seqlens is not None:
@@ -196,6 +196,14 @@ class LanguageModel(nn.Module):
         Arguments and errors are those of `forward`. Multiply by `output_weight` for logits.
         """
         self._check_ids(input_ids)
+        if state is not None:
+            rows = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            held = len(state.layers), state.layers[0].mix.memory.shape[0]
+            if held != (len(self.blocks), rows):
+                raise ShapeError(
+                    f"state holds {held[0]} layers of {held[1]} sequences; expected {len(self.blocks)} of {rows}. "
+                    "Pass the state that this model returned for the same sequences."
+                )
         # Packed documents may end anywhere, so they are not cut in time; only their activations are recomputed.
         long = input_ids.numel() > self.segment_tokens
         step = input_ids.shape[1]
@@ -220,19 +228,19 @@ class LanguageModel(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(tuple(following))
 
     def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ShapeError(
-                f"input_ids must be non-empty integers [batch, time]; got {input_ids.dtype} {list(input_ids.shape)}."
+                "input_ids must be non-empty int64 or int32 [batch, time]; got "
+                f"{input_ids.dtype} {list(input_ids.shape)}."
             )
         if torch.compiler.is_compiling():
             return
         low, high = (int(bound) for bound in torch.aminmax(input_ids))
         if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            row, place = (input_ids == bad).nonzero()[0].tolist()
+            row, place = ((input_ids < 0) | (input_ids >= self.config.vocab_size)).nonzero()[0].tolist()
             raise DomainError(
-                f"input_ids holds {bad} at row {row}, position {place}; expected ids in [0, {self.config.vocab_size}). "
-                "The tokenizer and the model have different vocabularies."
+                f"input_ids holds {int(input_ids[row, place])} at row {row}, position {place}; expected ids in "
+                f"[0, {self.config.vocab_size}). The tokenizer and the model have different vocabularies."
             )
 
     def generate(self, prompts: AnyPrompts, **options: Any) -> Any:
