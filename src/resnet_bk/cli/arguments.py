@@ -137,7 +137,8 @@ def _dotted_names(config: type, prefix: str = "") -> list[str]:
     """Every key of a configuration, sections included: `model.d_model`, ..."""
     names: list[str] = []
     for name, hint in _field_types(config).items():
-        names += _dotted_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+        section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        names += _dotted_names(hint, f"{prefix}{name}.") if section else [prefix + name]
     return names
 
 

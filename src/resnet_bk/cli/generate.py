@@ -44,14 +44,15 @@ def run(arguments: Sequence[str]) -> int:
     if options.stop:
         sampling["stop_strings"] = options.stop
     # Read before the model, which may take long to load.
-    prompt = _prompt(options.prompt, options.prompt_file)
+    prompt: str | list[int] | None = _prompt(options.prompt, options.prompt_file)
     model = LanguageModel.from_pretrained(options.model, device=resolve_device(options.device))
     if model.tokenizer is None:
         raise DataError(f"{options.model} has no tokenizer.json; put the tokenizer that it was trained with there.")
-    if prompt is None and model.tokenizer.end_of_text_id is None:
-        raise ConfigError("Its tokenizer has no end-of-text token to begin a document with; give --prompt.")
-    beginning = [[model.tokenizer.end_of_text_id]] if prompt is None else prompt
-    tokens = stream(model, beginning, **sampling)
+    if prompt is None:
+        if model.tokenizer.end_of_text_id is None:
+            raise ConfigError("Its tokenizer has no end-of-text token to begin a document with; give --prompt.")
+        prompt = [model.tokenizer.end_of_text_id]
+    tokens = stream(model, prompt, **sampling)
     if options.prompt is not None:
         print(options.prompt, end="", flush=True)
     for token in tokens:

@@ -15,6 +15,7 @@ from resnet_bk.evaluation.plots import plot_loss_curve
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.callbacks import METRICS_FILE, Callback
 from resnet_bk.training.config import RunConfig
+from resnet_bk.training.device import resolve_device
 from resnet_bk.training.random_state import seed_everything
 from resnet_bk.training.trainer import Trainer, TrainingResult
 
@@ -49,6 +50,8 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         ConfigError, DataError, CheckpointError, BackendError, DomainError: as `prepare_corpus` and `Trainer` do.
     """
     training = config.training
+    # A device that is not there should be known before the corpus is prepared, which may take long.
+    resolve_device(training.device)
     corpus = prepare_corpus(config.data, config.model.vocab_size)
     seed_everything(training.seed)
     trainer = Trainer(
