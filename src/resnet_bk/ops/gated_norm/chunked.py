@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from resnet_bk.ops.dispatch import compute_dtype
 
 # Bytes of one block of one tensor; about six are alive at once and should share a core's cache.
-_BLOCK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
 def _blocks(y: Tensor) -> Iterator[slice]:
@@ -57,19 +57,14 @@ def gated_norm_backward_op(
     wide_weight = weight.to(dtype)
     for block in _blocks(y):
         normed, scale = _normed(y[block], epsilon, dtype)
-        flat = normed.flatten(1)
         cotangent, raw = grad[block].to(dtype), gate[block].to(dtype)
-        sigmoid = raw.sigmoid()
-        silu = raw * sigmoid
-        through = cotangent * silu
-        d_weight += (through * flat).sum(0)
-        through.mul_(wide_weight)
-        # silu'(g) = s + silu(g) (1 - s)
-        slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
-        d_gate[block] = slope.mul_(cotangent).mul_(flat).mul_(wide_weight)
-        d_normed = through.view_as(normed)
-        along = (d_normed * normed).mean(-1, keepdim=True)
-        d_y[block] = d_normed.addcmul_(normed, along, value=-1).mul_(scale)
+        silu = F.silu(raw)
+        along = cotangent * normed.flatten(1)
+        d_gate[block] = torch.ops.aten.silu_backward(along * wide_weight, raw)
+        d_weight += along.mul_(silu).sum(0)
+        d_normed = silu.mul_(cotangent).mul_(wide_weight).view_as(normed)
+        projected = along.mul_(wide_weight).view_as(normed).mean(-1, keepdim=True)
+        d_y[block] = d_normed.addcmul_(normed, projected, value=-1).mul_(scale)
     return d_y, d_gate, d_weight.to(weight.dtype)
 
 
