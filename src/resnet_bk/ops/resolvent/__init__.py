@@ -90,8 +90,10 @@ def causal_resolvent(
         ) from error
     if not torch.compiler.is_compiling():
         _check_domain(detuning, absorption, lead)
-    if chosen == "reference" or (backend == "auto" and time == 1):
+    if chosen == "reference":
         real, imag = causal_resolvent_reference(delta, eta, lead[0], lead[1], bounds)
+    elif time == 1:  # decoding: nothing to cut into chunks
+        real, imag = _reciprocal(delta - lead[0][:, None], eta + lead[1][:, None])
     else:
         starts = None if bounds is None else torch.tensor(bounds[:-1], device=delta.device)
         real, imag = causal_resolvent_op(delta, eta, lead[0], lead[1], starts)
@@ -136,8 +138,11 @@ def full_resolvent_diagonal(
     zero = left_real.new_zeros(left_real.shape[0], 1, left_real.shape[2])
     before_real, before_imag = (torch.cat((zero, part[:, :-1]), 1) for part in (left_real, left_imag))
     after_real, after_imag = (torch.cat((part.flip(1)[:, 1:], zero), 1) for part in (right_real, right_imag))
-    real = detuning - before_real - after_real
-    imag = absorption + before_imag + after_imag
+    return _reciprocal(detuning - before_real - after_real, absorption + before_imag + after_imag)
+
+
+def _reciprocal(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of 1 / (real - i imag)."""
     square = real * real + imag * imag
     return real / square, imag / square
 
