@@ -55,7 +55,10 @@ def test_same_texts_give_the_same_tokenizer_in_another_process(bpe: Tokenizer) -
         "print(Tokenizer.train(json.loads(sys.argv[1]), 300).sha256)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(CORPUS)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code, json.dumps(CORPUS)],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"},
     )
     assert run.stdout.strip() == bpe.sha256
@@ -168,8 +171,13 @@ def test_words_adds_the_two_tokens_it_needs() -> None:
 
 def test_bytes_per_token_are_refused_where_they_are_not_known(tmp_path) -> None:
     definition = _tokenizer_json(
-        model={"type": "WordPiece", "vocab": {"a": 0, "##b": 1, "?": 2}, "unk_token": "?",
-               "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+        model={
+            "type": "WordPiece",
+            "vocab": {"a": 0, "##b": 1, "?": 2},
+            "unk_token": "?",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        },
         decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
     )
     (tmp_path / "tokenizer.json").write_text(definition)

@@ -45,9 +45,7 @@ class Tokenizer:
         self._cut = _cut_pattern(json.loads(engine.to_str()))
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)
-    ) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
         """A byte-level BPE tokenizer learned from `texts`; the same texts in the same order give the same tokenizer.
 
         Args:

@@ -100,8 +100,18 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
 
 def test_folders_tell_the_split_by_name(tmp_path) -> None:
     names = [
-        "b.txt", "a/deep/train.txt", "test_of_strength.txt", "train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl",
-        "valid.txt", "dev/x.txt", "validation/test.txt", "test.parquet", "README.md", ".hidden/c.txt", "empty.txt",
+        "b.txt",
+        "a/deep/train.txt",
+        "test_of_strength.txt",
+        "train-00001-of-00002.jsonl",
+        "train-00000-of-00002.jsonl",
+        "valid.txt",
+        "dev/x.txt",
+        "validation/test.txt",
+        "test.parquet",
+        "README.md",
+        ".hidden/c.txt",
+        "empty.txt",
     ]
     for name in names:
         _write(tmp_path / name, "" if name == "empty.txt" else "x")
@@ -109,7 +119,10 @@ def test_folders_tell_the_split_by_name(tmp_path) -> None:
     found = {split: [file.relative_to(tmp_path).as_posix() for file in files] for split, files in splits}
     assert found == {
         "train": [
-            "a/deep/train.txt", "b.txt", "test_of_strength.txt", "train-00000-of-00002.jsonl",
+            "a/deep/train.txt",
+            "b.txt",
+            "test_of_strength.txt",
+            "train-00000-of-00002.jsonl",
             "train-00001-of-00002.jsonl",
         ],
         "validation": ["dev/x.txt", "valid.txt", "validation/test.txt"],

@@ -69,8 +69,10 @@ def test_batches_are_int64_rows_of_the_same_windows_whatever_their_number() -> N
 
 
 def test_the_seed_decides_the_order() -> None:
-    batches = [torch.stack([next(loader).input_ids for _ in range(5)]) for loader in
-               (TokenLoader(DATASET, 16, 2, seed=seed) for seed in (0, 0, 1))]
+    batches = [
+        torch.stack([next(loader).input_ids for _ in range(5)])
+        for loader in (TokenLoader(DATASET, 16, 2, seed=seed) for seed in (0, 0, 1))
+    ]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 

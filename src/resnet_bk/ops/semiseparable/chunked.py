@@ -53,9 +53,10 @@ def semiseparable_op(
         recalled = work.faded  # free once the chain is built
         torch.bmm(flat(work.q), flat(chain[:-1]), out=flat(recalled))
         attended.addcmul_(recalled, work.from_start)
-        if skip is not None:
-            attended.addcmul_(work.x, skip[:, None, None])
-        work.by_chunk(y).copy_(attended)
+        if skip is None:
+            work.by_chunk(y).copy_(attended)
+        else:
+            torch.addcmul(attended, work.x, skip[:, None, None], out=work.by_chunk(y))
         memory = work.turn(chain[-1], start - end)
         if documents is None:
             final[rows] = memory
@@ -119,8 +120,8 @@ def semiseparable_backward_op(
         # Across chunks: the memory recursion run backwards.
         fading = torch.mul(grad, work.from_start, out=scratch)
         d_chain = work.buffer("d_memory", layout.state, layout.value, extra=1)
+        d_chain[-1] = work.turn(behind, end - start)  # before the rest is overwritten: `behind` may be its first slot
         torch.bmm(flat(work.q).mT, flat(fading), out=flat(d_chain[:-1]))
-        d_chain[-1] = work.turn(behind, end - start)
         for c in reversed(range(work.chunks)):
             place = start // chunk + c
             if documents is not None and place in documents.ending:
@@ -130,7 +131,7 @@ def semiseparable_backward_op(
                 d_initial[documents.starting[place]] = work.turn(d_first, -c * chunk)[0]
             else:
                 d_chain[c].addcmul_(d_chain[c + 1], work.across[c])
-        behind = d_chain[0].clone()
+        behind = d_chain[0]
         if segment == 0 and documents is None:
             d_initial[rows] = behind
 
@@ -159,9 +160,10 @@ def semiseparable_backward_op(
         d_total[..., -1] += through
         work.by_chunk(d_log_decay).copy_(d_total.flip(-1).cumsum(-1).flip(-1))
 
-        if skip is not None:
-            d_sourced.addcmul_(grad, skip[:, None, None])
-        work.by_chunk(d_value).copy_(d_sourced)
+        if skip is None:
+            work.by_chunk(d_value).copy_(d_sourced)
+        else:
+            torch.addcmul(d_sourced, grad, skip[:, None, None], out=work.by_chunk(d_value))
         work.unload_channels(d_q, d_query, scale)
         work.unload_channels(d_k, d_key, 1.0)
         if query_bias is not None:

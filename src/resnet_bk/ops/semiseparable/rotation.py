@@ -30,13 +30,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-def turn_into(out: Tensor, x: Tensor, phases: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`rotate` written into `out`, `x` and the phases broadcast to it; None copies. Saves the temporaries."""
+def turn_into(out: Tensor, x: Tensor, phases: tuple[Tensor, Tensor] | None, *, dim: int = -1) -> Tensor:
+    """`rotate` of channels along `dim` written into `out`, `x` and phases broadcast to it; None copies.
+
+    Saves the temporaries of `rotate`, and keeps no history for autograd.
+    """
     if phases is None:
         return out.copy_(x)
     cos, sin = phases
-    first, second = x.chunk(2, dim=-1)
-    low, high = out.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=dim)
+    low, high = out.chunk(2, dim=dim)
     torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
     torch.mul(first, sin, out=high).addcmul_(second, cos)
     return out

@@ -128,6 +128,7 @@ class Segments:
         chunks = max(1, min(tokens, time) // chunk)
         rows = 1 if packed else max(1, min(batch, tokens // (chunks * chunk)))
         self.layout = Layout(batch, time, heads, state, width, chunk, rows, chunks)
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         places = torch.arange(chunk * chunks, device=value.device)
         self.phases = None if frequencies is None else phase_table(places, frequencies, self.dtype)
         self.query_table = self._bias_table(query_bias, scale)
@@ -213,10 +214,11 @@ class Segments:
         """`memory` [rows, heads, state, value] with its key channels turned by `sites` positions."""
         if self.frequencies is None or sites == 0:
             return memory
-        place = torch.tensor(sites, device=memory.device)
-        cos, sin = (part[:, None] for part in phase_table(place, self.frequencies, memory.dtype))
-        first, second = memory.chunk(2, dim=-2)
-        return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-2)
+        if sites not in self._turns:
+            place = torch.tensor(sites, device=memory.device)
+            cos, sin = phase_table(place, self.frequencies, memory.dtype)
+            self._turns[sites] = cos[:, None], sin[:, None]
+        return turn_into(torch.empty_like(memory), memory, self._turns[sites], dim=-2)
 
     def propagate(self, memory: Tensor, documents: Documents | None) -> tuple[Tensor, dict[int, Tensor]]:
         """Memory before and after every chunk, and after each chunk that ends a document (by chunk).
