@@ -55,8 +55,10 @@ gpu: setup ## Run the tests that need a CUDA device; without one, say so.
 	then $(PYTEST) -m gpu; \
 	else echo "No GPU: torch.cuda.is_available() is False, so the GPU tests were not run."; fi
 
-bench: setup ## Measure the mixer on this machine's CPU and add rows to benchmarks/results.
+bench: setup ## Measure speed and memory on this machine's CPU; adds rows to benchmarks/results. Keep it quiet.
 	$(BIN)/python benchmarks/mixer_cpu.py
+	$(BIN)/python benchmarks/memory_cpu.py
+	$(BIN)/python -m resnet_bk.evaluation.ledger
 
 docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html; a warning is an error.
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
