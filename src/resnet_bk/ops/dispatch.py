@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Callable, Hashable
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -10,20 +14,87 @@ from torch import Tensor
 
 from resnet_bk.errors import BackendError, ShapeError
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
 
 
-def choose_backend(backend: str) -> str:
-    """The backend that runs: `auto` is `chunked`, which every device has.
+def choose_backend(backend: str, operand: Tensor, *, kernels: bool = True) -> str:
+    """The backend that runs: `auto` is `triton` where the kernels run on `operand`, else `chunked`.
+
+    Args:
+        backend: a name of `Backend`.
+        operand: stands for the operands' device and dtype.
+        kernels: whether the operator has Triton kernels at all.
 
     Raises:
-        BackendError: the name is not one of reference, chunked, auto.
+        BackendError: an unknown name, or "triton" where the kernels cannot run; the message says why.
     """
-    if backend == "auto":
-        return "chunked"
-    if backend not in ("reference", "chunked"):
-        raise BackendError(f"backend is {backend!r}; expected 'auto', 'reference' or 'chunked'.")
-    return backend
+    names = ("auto", "reference", "chunked", "triton") if kernels else ("auto", "reference", "chunked")
+    if backend not in names:
+        raise BackendError(f"backend is {backend!r}; expected one of {', '.join(map(repr, names))}.")
+    if backend in ("reference", "chunked"):
+        return backend
+    obstacle = _obstacle(operand) if kernels else "this operator has no Triton kernels"
+    if backend == "triton":
+        if obstacle:
+            raise BackendError(f"backend 'triton' cannot run: {obstacle}. Use 'auto' or 'chunked'.")
+        return "triton"
+    return "triton" if operand.is_cuda and not obstacle else "chunked"
+
+
+def _obstacle(operand: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on `operand`; None if they can."""
+    if operand.dtype == torch.float64:
+        return "the kernels compute in float32 and the operands are float64"
+    if not _triton_installed():
+        return "the package triton is not installed"
+    if operand.device.type == "cpu":
+        # Triton's interpreter runs kernels on the CPU, for tests.
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the operands are on the CPU"
+    if operand.device.type != "cuda":
+        return f"the operands are on {operand.device.type!r}"
+    if torch.version.cuda and _capability(operand.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_verified: set[tuple[str, Hashable]] = set()
+
+
+def verify_once(kernel: str, shape_class: Hashable, measure: Callable[[], dict[str, tuple[float, float]]]) -> None:
+    """Check a kernel against its reference the first time it meets a shape class.
+
+    Args:
+        kernel: name of the operator.
+        shape_class: whatever selects a compiled form: sizes, dtypes, options.
+        measure: runs a small random case; relative error and its bound by quantity. Not called a second time.
+
+    Raises:
+        BackendError: some error exceeds its bound (the message lists all), or the first use is inside the capture
+            of a CUDA graph, where nothing can be checked.
+    """
+    if (kernel, shape_class) in _verified:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"{kernel} was not checked yet for {shape_class}; run it once before capturing a graph.")
+    figures = measure()
+    # NaN fails every comparison.
+    if not all(error <= bound for error, bound in figures.values()):
+        table = ", ".join(f"{name} {error:.2e} (bound {bound:.0e})" for name, (error, bound) in figures.items())
+        raise BackendError(
+            f"the Triton kernel {kernel} disagrees with its reference for {shape_class}: relative errors {table}. "
+            "This is a compiler or hardware fault; use backend='chunked' and report it with your versions."
+        )
+    _verified.add((kernel, shape_class))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -47,7 +47,7 @@ def gated_norm(
             f"y [*batch, heads, channels] = {list(y.shape)} needs gate [*batch, heads * channels] and weight "
             f"[heads * channels]; got {list(gate.shape)} and {list(weight.shape)}."
         )
-    if choose_backend(backend) == "reference":
+    if choose_backend(backend, y, kernels=False) == "reference":
         return gated_norm_reference(y, gate, weight, epsilon)
     rows = y.shape[:-2].numel()
     flat = gated_norm_op(y.reshape(rows, *y.shape[-2:]), gate.reshape(rows, inner), weight, epsilon)

@@ -55,7 +55,7 @@ def linear_cross_entropy(
     whose backward pass forms the logits again. Memory: one chunk of logits, and the gradients.
     Source: DERIVATION.md.
     """
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, hidden, kernels=False)
     _check_arguments(hidden, weight, targets, reduction, chunk_tokens)
     device = hidden.device.type
     matmul_dtype = hidden.dtype

@@ -66,7 +66,7 @@ def causal_resolvent(
     Cost: O(batch * time * heads) work and memory; about 3 sqrt(time) steps of the Python loops.
     Source: Schur complement; DERIVATION.md.
     """
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, detuning, kernels=False)
     dtype = compute_dtype(detuning, absorption)
     if detuning.dim() != 3 or detuning.shape != absorption.shape:
         raise ShapeError(

@@ -78,7 +78,7 @@ def semiseparable_mix(
     except one state per segment kept for the backward pass.
     Source: the state-space duality form of gated linear attention; DERIVATION.md.
     """
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, value, kernels=False)
     batch, time, heads, state = _check_shapes(
         query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip
     )
