@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resnet_bk.errors import DomainError, ShapeError
+from resnet_bk.errors import BackendError, DomainError, ShapeError
 from resnet_bk.ops.dispatch import Backend, choose_backend, compute_dtype, document_boundaries
 from resnet_bk.ops.semiseparable.chunked import semiseparable_op
+from resnet_bk.ops.semiseparable.kernels import fits, semiseparable_triton_op
 from resnet_bk.ops.semiseparable.reference import mix_step, per_head, semiseparable_reference
 from resnet_bk.ops.semiseparable.rotation import phase_table, rotary_frequencies, rotate, rotate_memory
 
@@ -36,6 +37,7 @@ def semiseparable_mix(
     frequencies: Float[Tensor, " half_state"] | None = None,
     skip: Float[Tensor, " heads"] | None = None,
     scale: float = 1.0,
+    norm_epsilon: float | None = None,
     initial: MixState | None = None,
     cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     chunk_size: int = 64,
@@ -60,17 +62,19 @@ def semiseparable_mix(
         frequencies: angular frequencies in radians per token; None does not rotate.
         skip: per-head weight of the token itself.
         scale: factor on the scores.
+        norm_epsilon: if given, every query and key is first divided by its root mean square, this added to its square.
         initial: state to continue from, one row per sequence (per document with `cu_seqlens`); None is empty.
         cu_seqlens: boundaries 0 = b_0 < ... < b_documents = time of documents packed along time (batch 1).
-        chunk_size: tokens per score matrix; at least 1.
-        backend: "reference" runs token by token, "chunked" in matrix products on any device.
+        chunk_size: tokens per score matrix of the chunked form, at least 1; the kernels take 64.
+        backend: "reference" runs token by token, "chunked" in matrix products on any device, "triton" in kernels for
+            a state of 32, 64 or 128 and values of 16 to 128 channels (powers of two).
 
     Returns:
         y in the dtype of `value`, and the state (memory in float32 or wider) after the last token of each row.
 
     Raises:
         ShapeError: shapes that do not fit; the message names the tensor.
-        DomainError: chunk_size < 1. BackendError: an unknown backend.
+        DomainError: chunk_size < 1. BackendError: an unknown backend, or one that cannot run here.
 
     Numerics: decays, cumulative sums (restarted in every chunk) and memory in float32 at least. Only differences of
     positions enter, and the initial angle is reduced in float64, so positions beyond 2^24 are as exact as small ones.
@@ -78,7 +82,7 @@ def semiseparable_mix(
     except one state per segment kept for the backward pass.
     Source: the state-space duality form of gated linear attention; DERIVATION.md.
     """
-    chosen = choose_backend(backend, value, kernels=False)
+    chosen = choose_backend(backend, value)
     batch, time, heads, state = _check_shapes(
         query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip
     )
@@ -87,8 +91,20 @@ def semiseparable_mix(
     dtype = compute_dtype(value, log_decay)
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
-    memory, position = _initial(initial, rows, heads, state, value, dtype)
     query, key = (x if x.dim() == 4 else x.unsqueeze(2) for x in (query, key))
+    if chosen == "triton" and not fits(state, value.shape[-1]):
+        if backend == "triton":
+            raise BackendError(
+                f"the kernels mix states of 32, 64 or 128 and values of 16, 32, 64 or 128 channels; got {state} and "
+                f"{value.shape[-1]}. Use backend='auto' or 'chunked'."
+            )
+        chosen = "chunked"
+    if chosen == "triton":
+        operands = (query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip)
+        return _mix_by_kernels(operands, initial, bounds, rows, scale, norm_epsilon)
+    if norm_epsilon is not None:
+        query, key = (torch.nn.functional.rms_norm(x, (state,), eps=norm_epsilon) for x in (query, key))
+    memory, position = _initial(initial, rows, heads, state, value, dtype)
     if chosen == "reference":
         wide = [x if x is None else x.to(dtype) for x in (source, query_bias, key_bias, skip)]
         required = [x.to(dtype) for x in (query, key, value, log_decay)]
@@ -118,6 +134,21 @@ def semiseparable_mix(
         final = rotate_memory(final, position + ends, frequencies)
     lengths = torch.tensor(bounds, device=position.device).diff() if bounds else time
     return y, MixState(final, position + lengths)
+
+
+def _mix_by_kernels(operands, initial: MixState | None, bounds: list[int] | None, rows: int, scale: float, epsilon):
+    """`semiseparable_mix` by the Triton kernels; an absent initial state costs nothing."""
+    query, _, value, *_ = operands
+    time, heads, channels = value.shape[1:]
+    memory = position = None
+    if initial is not None:
+        memory, position = _initial(initial, rows, heads, query.shape[-1], value, torch.float32)
+    edges = None if bounds is None else torch.tensor(bounds)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, memory))
+    y, final, _ = semiseparable_triton_op(*operands, memory, position, edges, scale, epsilon, needs_grad)
+    lengths = time if edges is None else edges.diff().to(value.device)
+    start = torch.zeros(rows, dtype=torch.long, device=value.device) if position is None else position
+    return y, MixState(final, start + lengths)
 
 
 def semiseparable_step(
