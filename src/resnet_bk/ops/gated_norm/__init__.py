@@ -31,13 +31,13 @@ def gated_norm(
         weight: one factor a channel.
         epsilon: added to the mean square; > 0.
         backend: "reference" is plain PyTorch; "chunked" works on blocks of tokens that stay in cache, with a
-            hand-written backward that keeps nothing but its inputs.
+            hand-written backward that keeps nothing but its inputs; "triton" is one kernel a direction.
 
     Returns:
         The gated output in the dtype of `y`; computed in float32 or wider.
 
     Raises:
-        ShapeError: shapes that do not fit. BackendError: an unknown backend.
+        ShapeError: shapes that do not fit. BackendError: an unknown backend, or one that cannot run here.
 
     Cost: reads y and gate once and writes the output once; backward reads three and writes two such tensors.
     """
@@ -47,8 +47,14 @@ def gated_norm(
             f"y [*batch, heads, channels] = {list(y.shape)} needs gate [*batch, heads * channels] and weight "
             f"[heads * channels]; got {list(gate.shape)} and {list(weight.shape)}."
         )
-    if choose_backend(backend, y, kernels=False) == "reference":
+    chosen = choose_backend(backend, y)
+    if chosen == "reference":
         return gated_norm_reference(y, gate, weight, epsilon)
+    if chosen == "triton":
+        from resnet_bk.ops.gated_norm.triton import gated_norm_triton as op
+    else:
+        op = gated_norm_op
     rows = y.shape[:-2].numel()
-    flat = gated_norm_op(y.reshape(rows, *y.shape[-2:]), gate.reshape(rows, inner), weight, epsilon)
+    # Views wherever the batch dimensions lie evenly, as in a slice of a projection's output.
+    flat = op(y.reshape(rows, *y.shape[-2:]), gate.reshape(rows, inner), weight, epsilon)
     return flat.view(gate.shape)
