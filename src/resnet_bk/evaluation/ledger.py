@@ -31,7 +31,7 @@ BENCHMARKS = Path("benchmarks")
 """Where rows and table live, relative to the working directory (the project's root)."""
 
 _COLUMNS = ("commit", "command", "seeds", "hardware", "parameters", "tokens", "metrics", "wall_seconds")
-_LIBRARIES = ("resnet-bk", "torch", "triton", "numpy", "tokenizers")
+_LIBRARIES = ("resnet-bk", "torch", "triton", "numpy", "tokenizers", "mamba-ssm")
 
 
 def append_row(
@@ -46,6 +46,7 @@ def append_row(
     tokens: int | None = None,
     device: torch.device | str = "cpu",
     benchmarks: str | Path = BENCHMARKS,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """The row just appended to `benchmarks/results/<question>.jsonl`.
 
@@ -62,6 +63,7 @@ def append_row(
         tokens: tokens trained on or processed.
         device: where it ran.
         benchmarks: folder that holds `results/`.
+        commit: of the code that ran, where that machine has no checkout; default what git says here.
 
     Raises:
         DataError: a bad question name, a metric that is not finite, or a row that holds a path of this machine.
@@ -73,7 +75,7 @@ def append_row(
             raise DataError(f"metrics[{name!r}] is {value}; JSON has no such number. Write what happened as a string.")
     row = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": git_commit() if commit is None else commit,
         "command": command,
         "config_hash": config_hash(config),
         "seeds": list(seeds),
