@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from typing import Literal
@@ -86,7 +88,10 @@ def verify_once(kernel: str, shape_class: Hashable, measure: Callable[[], dict[s
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise BackendError(f"{kernel} was not checked yet for {shape_class}; run it once before capturing a graph.")
-    figures = measure()
+    # Operators run below autograd, which the reference's gradients need; a thread of its own starts above it.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        figures = pool.submit(_on_device, measure, torch.cuda.current_device() if torch.cuda.is_available() else None)
+    figures = figures.result()
     # NaN fails every comparison.
     if not all(error <= bound for error, bound in figures.values()):
         table = ", ".join(f"{name} {error:.2e} (bound {bound:.0e})" for name, (error, bound) in figures.items())
@@ -95,6 +100,11 @@ def verify_once(kernel: str, shape_class: Hashable, measure: Callable[[], dict[s
             "This is a compiler or hardware fault; use backend='chunked' and report it with your versions."
         )
     _verified.add((kernel, shape_class))
+
+
+def _on_device(measure: Callable[[], dict[str, tuple[float, float]]], device: int | None):
+    with nullcontext() if device is None else torch.cuda.device(device):
+        return measure()
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -234,7 +234,7 @@ class Launch:
             out["query"].stride(0), out["key"].stride(0), out["log_decay"].stride(0),
             out["source"].stride(0) if "source" in out else 0,
             self.tokens, self.scale, self.epsilon or 0.0, self.heads,
-            HEADS=_power_of_two(self.heads), NORM=self.epsilon is not None, **self.flags, num_warps=4,
+            HEADS=_power_of_two(self.heads), NORM=self.epsilon is not None, **self.flags, num_warps=8,
         )  # fmt: skip
         biases = {"query_bias": d_q_bias.sum(0), "key_bias": d_k_bias.sum(0)} if self.table else {}
         return out | biases | {"skip": d_skip.sum(0), "initial": d_initial}

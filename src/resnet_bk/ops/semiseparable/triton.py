@@ -80,6 +80,20 @@ def _load_log(running, token, size, inside, C: tl.constexpr):
 
 
 @triton.jit
+def _prepare_table(bias, table, head, cos, sin, scale, K: tl.constexpr, C: tl.constexpr, ROTATE: tl.constexpr):
+    """A head's bias times `scale`, turned by every distance [C, K] from the start of a chunk."""
+    L: tl.constexpr = K // 2
+    offset = tl.arange(0, L)
+    low = tl.broadcast_to(tl.load(bias + head * K + offset)[None, :].to(tl.float32) * scale, (C, L))
+    high = tl.broadcast_to(tl.load(bias + head * K + L + offset)[None, :].to(tl.float32) * scale, (C, L))
+    if ROTATE:
+        low, high = _turned(low, high, cos, sin)
+    target = table + (head * C + tl.arange(0, C)[:, None]) * K + offset[None, :]
+    tl.store(target, low.to(table.dtype.element_ty))
+    tl.store(target + L, high.to(table.dtype.element_ty))
+
+
+@triton.jit
 def prepare_kernel(
     query, key, log_decay, source, query_bias, key_bias, frequency, chunks,
     query_out, key_out, running_out, source_out, query_table, key_table,
@@ -92,8 +106,8 @@ def prepare_kernel(
     L: tl.constexpr = K // 2
     step = tl.arange(0, C)
     channel = tl.arange(0, L)
-    if ROTATE:
-        cos, sin = _phases(step[:, None], tl.load(frequency + channel)[None, :])
+    omega = tl.load(frequency + channel) if ROTATE else tl.zeros((L,), tl.float64)
+    cos, sin = _phases(step[:, None], omega[None, :])
     program = tl.program_id(0)
     if program < num_chunks:
         begin, end = tl.load(chunks + 2 * program), tl.load(chunks + 2 * program + 1)
@@ -128,20 +142,8 @@ def prepare_kernel(
             weight = tl.load(source + rows[:, None] * source_stride + head[None, :], mask=valid, other=0.0)
             tl.store(source_out + place, weight.to(tl.float32), mask=valid)
     else:
-        head = program - num_chunks
-        for which in tl.static_range(2):
-            bias = query_bias if which == 0 else key_bias
-            out = query_table if which == 0 else key_table
-            low = tl.load(bias + head * K + channel)[None, :].to(tl.float32)
-            high = tl.load(bias + head * K + L + channel)[None, :].to(tl.float32)
-            if which == 0:
-                low, high = low * scale, high * scale
-            low, high = tl.broadcast_to(low, (C, L)), tl.broadcast_to(high, (C, L))
-            if ROTATE:
-                low, high = _turned(low, high, cos, sin)
-            place = out + (head * C + step[:, None]) * K + channel[None, :]
-            tl.store(place, low.to(out.dtype.element_ty))
-            tl.store(place + L, high.to(out.dtype.element_ty))
+        _prepare_table(query_bias, query_table, program - num_chunks, cos, sin, scale, K, C, ROTATE)
+        _prepare_table(key_bias, key_table, program - num_chunks, cos, sin, 1.0, K, C, ROTATE)
 
 
 @triton.jit

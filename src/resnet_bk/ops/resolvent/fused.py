@@ -1,0 +1,168 @@
+"""Custom operators over the Triton kernels: the flux gates in one pass over the projections, and the bare resolvent.
+
+Operands are [tokens, heads], rows one after the other: `rows` sequences of equal length, or documents when
+`cu_seqlens` is given. Gradients of per-head parameters are sums of one partial sum a slot, so they repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from resnet_bk.ops.dispatch import verify_once
+from resnet_bk.ops.resolvent import triton as kernels
+
+# Lanes of a program of the passes over sites: one warp, so that few slots still spread over all multiprocessors.
+_LANES = 32
+# The carry cuts the slots into so many groups, and one program walks all groups of so many heads.
+_GROUPS = 64
+_GROUP_HEADS = 2
+# Sites per slot, a multiple of a tile. Below the smallest, programs would mostly find out where they are.
+_CHUNKS = (16, 32, 64, 128, 256)
+
+
+def chunk_length(tokens: int) -> int:
+    """Sites per slot, about sqrt(tokens / 32): few steps in a row, and slots enough to fill a GPU."""
+    return next((chunk for chunk in _CHUNKS if 32 * chunk * chunk >= tokens), _CHUNKS[-1])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one call is cut into slots."""
+
+    tokens: int
+    heads: int
+    rows: int
+    cu_seqlens: Tensor | None
+
+    @property
+    def chunk(self) -> int:
+        return chunk_length(self.tokens)
+
+    @property
+    def slots(self) -> int:
+        """Slots of all rows; the kernels know which of a document's are empty without a table."""
+        if self.cu_seqlens is None:
+            return self.rows * triton.cdiv(self.tokens // self.rows, self.chunk)
+        return self.tokens // self.chunk + self.rows
+
+    @property
+    def carries(self) -> bool:
+        """Whether some row may have more than one slot."""
+        return self.cu_seqlens is not None or self.tokens // self.rows > self.chunk
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.slots * self.heads, _LANES),)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the passes over sites need to find their place."""
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "rows": self.rows,
+            "row_length": self.tokens // self.rows,
+            "search": (self.rows - 1).bit_length(),
+            "chunk": self.chunk,
+            "slots": self.slots,
+            "heads": self.heads,
+            "PACKED": self.cu_seqlens is not None,
+            "LANES": _LANES,
+            "num_warps": 1,
+        }
+
+    def carry(self, kernel, maps: Tensor, width: int) -> Tensor:
+        """What the carry `kernel` finds at every slot [slots, width, heads], float64."""
+        carried = maps.new_empty(self.slots, width, self.heads)
+        group_maps = maps.new_empty(_GROUPS, *maps.shape[1:])
+        kernel[(triton.cdiv(self.heads, _GROUP_HEADS),)](
+            carried, group_maps, maps, self.slots, self.heads, triton.cdiv(self.slots, _GROUPS),
+            GROUPS=_GROUPS, HEADS=_GROUP_HEADS, num_warps=4,
+        )  # fmt: skip
+        return carried
+
+
+@dataclass(frozen=True)
+class _Medium:
+    """Inputs of a sweep: raw projections with per-head parameters, or detuning and absorption (kind "plain")."""
+
+    kind: str
+    detuning: Tensor
+    absorption: Tensor
+    source: Tensor | None = None
+    scale: Tensor | None = None
+    energy: Tensor | None = None
+    bias: Tensor | None = None
+    source_bias: Tensor | None = None
+    floor: float = 0.0
+    initial_real: Tensor | None = None
+    initial_imag: Tensor | None = None
+
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """Keyword arguments of a kernel: what all take, and the named operands with their strides."""
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for name in {"detuning", "absorption", "source"}.intersection(names):
+            chosen[f"{name}_stride"] = 0 if chosen[name] is None else chosen[name].stride(0)
+        common = {name: getattr(self, name) for name in ("energy", "bias", "floor", "initial_real", "initial_imag")}
+        stride = 0 if self.initial_real is None else self.initial_real.stride(0)
+        return {**chosen, **common, "initial_stride": stride, "KIND": self.kind, "LEAD": self.initial_real is None}
+
+
+def _forward(medium: _Medium, layout: _Layout, save: bool) -> tuple[Tensor, ...]:
+    """(log decay, weight, Re and Im of the last m of each row, Re and Im m); of the kind "plain" m only."""
+    like, place = medium.detuning, layout.arguments()
+    shape, gated = (layout.tokens, layout.heads), medium.kind != "plain"
+    carried = None
+    with torch.cuda.device_of(like):
+        if layout.carries:
+            maps = torch.empty(layout.slots, 8, layout.heads, dtype=torch.float64, device=like.device)
+            kernels._compose_kernel[layout.grid](
+                maps, **medium.arguments("detuning", "absorption", "scale"), **place
+            )  # fmt: skip
+            carried = layout.carry(kernels._carry_kernel, maps, 4)
+        m = [like.new_empty(shape if save else 0, dtype=torch.float32) for _ in range(2)]
+        gates = [like.new_empty(shape, dtype=torch.float32) if gated else None for _ in range(2)]
+        state = [like.new_empty((layout.rows, layout.heads), dtype=torch.float32) if gated else None for _ in range(2)]
+        kernels._apply_kernel[layout.grid](
+            *gates, *m, *state, carried,
+            **medium.arguments("detuning", "absorption", "source", "scale", "source_bias"), **place, SAVE=save,
+        )  # fmt: skip
+    return (*gates, *state, *m) if gated else tuple(m)
+
+
+def _adjoint(
+    medium: _Medium, layout: _Layout, m: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor],
+    grad_state: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of detuning, absorption, source, [scale, energy, bias, source bias] and both parts of the initial m.
+
+    Those that do not exist are empty.
+    """
+    like, place = medium.detuning, layout.arguments()
+    gated = medium.kind != "plain"
+    carried = None
+    operands = [
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (medium.detuning, medium.absorption, medium.source)
+    ]
+    rows = 0 if medium.initial_real is None else layout.rows
+    initial = [like.new_empty((rows, layout.heads), dtype=torch.float32) for _ in range(2)]
+    sums = like.new_empty((layout.slots if gated else 0, 4, layout.heads), dtype=torch.float32)
+    with torch.cuda.device_of(like):
+        if layout.carries:
+            maps = torch.empty(layout.slots, 4, layout.heads, dtype=torch.float64, device=like.device)
+            kernels._adjoint_compose_kernel[layout.grid](
+                maps, *m, *grads, *grad_state,
+                **medium.arguments("absorption", "source", "source_bias"), **place,
+            )  # fmt: skip
+            carried = layout.carry(kernels._adjoint_carry_kernel, maps, 2)
+        kernels._adjoint_apply_kernel[layout.grid](
+            *operands, sums, *initial, carried, *m, *grads, *grad_state,
+            **medium.arguments("detuning", "absorption", "source", "scale", "source_bias"), **place,
+        )  # fmt: skip
+    if operands[2] is None:
+        operands[2] = like.new_empty(0)
+    return (*operands, sums.sum(0), *initial)
