@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +28,10 @@ class StepParameters(NamedTuple):
     """None for source "unit"."""
     norm_weight: Float[Tensor, " inner"]
 
+    def to(self, dtype: torch.dtype) -> StepParameters:
+        """The parameters in `dtype`."""
+        return self._make(part if part is None else part.to(dtype) for part in self)
+
 
 def mixer_step_reference(
     projection: Tensor, parameters: StepParameters, memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
@@ -38,7 +43,7 @@ def mixer_step_reference(
     sizes = [inner, inner, state, state, heads, heads, heads * (source != "unit")]
     wide = compute_dtype(projection, memory)
     gate, x, key, query, potential, absorption, raw_source = projection.to(wide).split(sizes, dim=-1)
-    weights = StepParameters(*(part if part is None else part.to(wide) for part in parameters))
+    weights = parameters.to(wide)
 
     eta = F.softplus(absorption + weights.absorption_bias) + floor
     detuning = weights.potential_scale * potential - weights.energy

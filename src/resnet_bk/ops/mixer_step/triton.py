@@ -7,7 +7,7 @@ that would take costs more than a multiprocessor needs for one memory.
 Bytes of a step: 8 batch heads state value, and a few hundredths of that for the rest.
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import math
 from functools import cache
@@ -225,19 +225,19 @@ def _errors(heads: int, channels: int, value: int, dtypes: tuple, device: torch.
     """Relative errors of a small random step, far into a text, against the reference in float64."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape: int, dtype: torch.dtype | None = torch.float32) -> Tensor | None:
-        return None if dtype is None else torch.randn(shape, generator=generator, device=device).to(dtype)
+    def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     inner, scalars = heads * value, (2 + (options[0] != "unit")) * heads
-    shapes = [(3, 2 * (inner + channels) + scalars), *[(heads, channels)] * 2, *[(heads,)] * 5, (inner,)]
-    projection, *rest = (draw(*shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    shapes = [(heads, channels)] * 2 + [(heads,)] * 5 + [(inner,)]
+    projection = draw((3, 2 * (inner + channels) + scalars), dtypes[0])
+    rest = [None if to is None else draw(shape, to) for shape, to in zip(shapes, dtypes[1:], strict=True)]
+    memory, real, imag = draw((3, heads, channels, value)), draw((3, heads)), draw((3, heads)).abs()
     position = torch.arange(3, device=device) * 1_000_003
-    state = [draw(3, heads, channels, value), position, draw(3, heads), draw(3, heads).abs()]
-    exact = StepParameters(*(x if x is None else x.double() for x in rest))
-    wide = [x.double() if x.is_floating_point() else x for x in state]
-    truth = mixer_step_reference(projection.double(), exact, *wide, *options)
-    after = [state[0], *state[2:]]
-    ours = (_launch(projection, StepParameters(*rest), state, after, *options, warps), *after)
+    wide = (memory.double(), position, real.double(), imag.double())
+    parameters, state, after = StepParameters._make(rest), [memory, position, real, imag], [memory, real, imag]
+    truth = mixer_step_reference(projection.double(), parameters.to(torch.float64), *wide, *options)
+    ours = (_launch(projection, parameters, state, after, *options, warps), *after)
     return {
         name: (((one.double() - two).norm() / two.norm()).item(), _BOUNDS[one.dtype])
         for name, one, two in zip(("out", "memory", "real", "imag"), ours, truth, strict=True)
@@ -256,9 +256,8 @@ def mixer_step_triton(
         query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight
     )
     state = [memory.contiguous(), position, real.contiguous(), imag.contiguous()]
-    after = [torch.empty_like(part) for part in (state[0], *state[2:])]
-    out = _step(projection, parameters, state, after, source, floor, rotary_base, epsilon)
-    return out, *after
+    after = memory, real, imag = [torch.empty_like(part) for part in (state[0], *state[2:])]
+    return _step(projection, parameters, state, after, source, floor, rotary_base, epsilon), memory, real, imag
 
 
 @torch.library.custom_op("resnet_bk::mixer_step_triton_", mutates_args=("memory", "real", "imag"))
