@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from resnet_bk.errors import ConfigError, DataError, DomainError, MemoryLimitError, ShapeError
+from resnet_bk.models import decode
+from resnet_bk.models import generate as generate_module
 from resnet_bk.models import prefill as prefill_module
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.models.generate import GenerationConfig, complete, generate, stream
@@ -164,10 +166,8 @@ def test_end_of_text_stops_by_default(text_model):
 
 def scripted(monkeypatch, model, text):
     """Make `model` continue every prompt with the tokens of `text`, whatever its weights say."""
-    import resnet_bk.models.generate as module
-
     tokens = iter(model.tokenizer.encode(text))
-    monkeypatch.setattr(module, "_choose", lambda *_: (torch.tensor([next(tokens)]), torch.zeros(1)))
+    monkeypatch.setattr(decode, "choose_tokens", lambda *_: (torch.tensor([next(tokens)]), torch.zeros(1)))
 
 
 @pytest.mark.parametrize(
@@ -382,3 +382,59 @@ print(short, peak() - before, sum(memory_needed(model.config, [16384], 2048).val
     short, long, estimated = map(int, done.stdout.split())
     assert long < 1.5 * short  # 8 times the tokens; measured 1.2
     assert long < estimated < 4 * long
+
+
+class InPlaceDecoder(decode.Decoder):
+    """The decoder of a GPU without its graph: in place, and ahead of the reader."""
+
+    def _replay(self):
+        return self._advance()
+
+
+@pytest.mark.parametrize("source", ["gated", "free", "unit"])
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=5)])
+def test_decoding_in_place_and_ahead_says_the_same(monkeypatch, source, options):
+    model = make_model(source=source)
+    prompts = make_prompts([3, 70, 1, 12, 5, 9])
+    free = complete(model, prompts, max_new_tokens=12, **options).sequences
+    # Rows end at different places: some by a stop token, all by their total length.
+    settings = dict(options, max_length=75, max_new_tokens=30, stop_tokens=[free[0][6], free[3][14], free[5][20]])
+    expected = complete(model, prompts, **settings)
+    assert len({len(ids) - n for ids, n in zip(expected.sequences, expected.prompt_lengths, strict=True)}) >= 4
+    monkeypatch.setattr(decode, "captures", lambda _: True)
+    monkeypatch.setattr(generate_module, "Decoder", InPlaceDecoder)
+    ours = complete(model, prompts, **settings)
+    assert ours.sequences == expected.sequences
+    assert ours.finish_reasons == expected.finish_reasons
+    for mine, theirs in zip(ours.log_probabilities, expected.log_probabilities, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_state_of_one_s_own_is_overwritten_and_equals_the_prefill(model):
+    ids = make_prompts([40])[0][None].repeat(2, 1)
+    state = decode.owned(evaluate(model, ids[:, :30])[1])
+    kept = [layer.mix.memory.data_ptr() for layer in state.layers]
+    for t in range(30, 40):
+        _, after = evaluate(model, ids[:, t : t + 1], state=state)
+        state.layers[0].mix.position.add_(1)
+        assert [layer.mix.memory.data_ptr() for layer in after.layers] == kept
+    whole = evaluate(model, ids)[1]
+    for ours, theirs in zip(state.layers, whole.layers, strict=True):
+        assert torch.equal(ours.mix.position, theirs.mix.position)
+        torch.testing.assert_close(ours.mix.memory, theirs.mix.memory, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tuple(ours.green), tuple(theirs.green), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ShapeError, match="A step takes one token"):
+        evaluate(model, ids, state=state)
+
+
+def test_half_of_the_rows_have_to_end_before_a_graph_is_given_up(monkeypatch, model):
+    monkeypatch.setattr(decode, "captures", lambda _: True)
+    hidden, state = prefill(model, make_prompts([2] * 6))
+    decoder = decode.Decoder(model, hidden, state, GenerationConfig(temperature=0.0))
+    assert not decoder.keep([0, 1, 2, 3, 4, 5])
+    assert not decoder.keep([0, 2, 3, 5])
+    assert decoder.keep([0, 3, 5])
+    assert decoder.state.layers[0].mix.memory.shape[0] == 3
+    positions = {layer.mix.position.data_ptr() for layer in decoder.state.layers}
+    assert len(positions) == 1

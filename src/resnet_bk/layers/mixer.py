@@ -10,12 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.errors import ShapeError
+from resnet_bk.ops.dispatch import choose_backend
 from resnet_bk.ops.gated_norm import gated_norm
+from resnet_bk.ops.mixer_step import StepParameters, mixer_step, mixer_step_
 from resnet_bk.ops.resolvent import (
     GreenState,
     causal_resolvent,
     decaying_root,
     flux_gate,
+    flux_gates,
+    previous_imag,
     scattering_phase,
     semiclassical_root,
 )
@@ -41,6 +46,13 @@ class MixerState(NamedTuple):
     """The potential-free m0 of the last token; only with phase coupling."""
     phase: Float[Tensor, "rows heads"] | None = None
     """Sum of scattering phases so far, float64 radians; only with phase coupling."""
+
+
+class InPlaceState(MixerState):
+    """A `MixerState` that the next token overwrites; only of a mixer whose `fused_step` is true.
+
+    The position is not advanced: whoever owns the states lets all layers share one tensor and advances that.
+    """
 
 
 class Gates(NamedTuple):
@@ -113,10 +125,64 @@ class Mixer(nn.Module):
         state: MixerState | None = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
-        """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`)."""
-        gate, *operands = self.in_proj(u).split(self.sizes, dim=-1)
+        """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`).
+
+        A single token that continues a state takes one kernel where there is a GPU and no gradient.
+        """
+        projection = self.in_proj(u)
+        if state is not None and (isinstance(state, InPlaceState) or self._steps(projection, state, cu_seqlens)):
+            out, after = self.step(projection, state)
+            return self.out_proj(out).unsqueeze(1), after
+        gate, *operands = projection.split(self.sizes, dim=-1)
         y, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens)
         return self.out_proj(gated_norm(y, gate, self.norm_weight, epsilon=self.config.norm_epsilon)), after
+
+    @property
+    def fused_step(self) -> bool:
+        """Whether `step` knows this mixer's options: exact dynamics, flux kernel, no phase coupling."""
+        config = self.config
+        return config.dynamics == "exact" and config.kernel == "flux" and not config.phase_coupling
+
+    def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
+        """Whether `step` runs as one kernel on these tokens."""
+        single = projection.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+        return single and self.fused_step and choose_backend("auto", projection) == "triton" and state.green is not None
+
+    def step(
+        self, projection: Float[Tensor, "batch 1 width"], state: MixerState
+    ) -> tuple[Float[Tensor, "batch inner"], MixerState]:
+        """One token between the two projections, and the state after it; an `InPlaceState` is overwritten.
+
+        Raises:
+            ShapeError: more than one token, or a state without a Green function.
+        """
+        config = self.config
+        if projection.shape[1] != 1 or state.green is None:
+            held = "no Green function" if state.green is None else "a Green function"
+            raise ShapeError(
+                f"A step takes one token and a state with a Green function; got {projection.shape[1]} and {held}."
+            )
+        parameters = StepParameters(
+            self.query_bias,
+            self.key_bias,
+            self.absorption_bias,
+            self.potential_scale,
+            self.energy,
+            self.skip,
+            None if config.source == "unit" else self.source_bias,
+            self.norm_weight,
+        )
+        options = {
+            "source": config.source,
+            "absorption_floor": config.absorption_floor,
+            "rotary_base": config.rotary_base,
+            "epsilon": config.norm_epsilon,
+        }
+        token = projection[:, 0]
+        if isinstance(state, InPlaceState):
+            return mixer_step_(token, parameters, state.mix, state.green, **options), state
+        out, mix, green = mixer_step(token, parameters, state.mix, state.green, **options)
+        return out, MixerState(mix, green)
 
     def mix(
         self,
@@ -179,6 +245,25 @@ class Mixer(nn.Module):
         Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
+        if config.dynamics == "exact" and config.kernel == "flux" and not config.phase_coupling:
+            initial = None if state is None else state.green
+            if initial is None and config.boundary == "wall":
+                wall = torch.zeros_like(self.energy, dtype=torch.float32)
+                initial = GreenState(wall, wall)
+            (log_decay, unit), green = flux_gates(
+                potential,
+                absorption,
+                source,
+                potential_scale=self.potential_scale,
+                energy=self.energy,
+                absorption_bias=self.absorption_bias,
+                absorption_floor=config.absorption_floor,
+                source_bias=None if config.source == "unit" else self.source_bias,
+                source_kind=config.source,
+                initial=initial,
+                cu_seqlens=cu_seqlens,
+            )
+            return Gates(log_decay, unit, None, None), green, None, None
         wide = torch.float64 if potential.dtype == torch.float64 else torch.float32
         bias, floor = self.absorption_bias.to(wide), config.absorption_floor
         eta = F.softplus(absorption.to(wide) + bias) + floor
@@ -196,7 +281,7 @@ class Mixer(nn.Module):
             if config.dynamics == "exact":
                 before = lead if state is None or state.green is None else state.green
                 m, green = causal_resolvent(delta, eta, initial=before, cu_seqlens=cu_seqlens)
-                log_flux, unit = flux_gate(_previous(m[1], before.imag, cu_seqlens), eta)
+                log_flux, unit = flux_gate(previous_imag(m[1], before.imag, cu_seqlens), eta)
                 log_modulus = 0.5 * torch.log(m[0].square() + m[1].square())
                 log_decay = log_flux if config.kernel == "flux" else log_modulus
             else:
@@ -223,15 +308,6 @@ class Mixer(nn.Module):
             else:  # the Green kernel keeps the weights that theorem 2 bounds it with
                 unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
         return Gates(log_decay, unit, readout, angle), green, free, phase
-
-
-def _previous(imag: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Im m one site earlier [batch, time, heads]; before a sequence or document starts it is `first`."""
-    first = first.expand(imag.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, -1)
-    if cu_seqlens is None:
-        return torch.cat((first[:, None], imag[:, :-1]), dim=1)
-    shifted = torch.cat((imag[:, :1], imag[:, :-1]), dim=1)
-    return shifted.index_copy(1, cu_seqlens[:-1].long(), first[None].to(imag.dtype))
 
 
 def _accumulate(turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

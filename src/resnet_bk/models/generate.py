@@ -1,31 +1,25 @@
 """Text from a language model: prompts in one batch whatever their lengths, then one token a step for all of them.
 
-Prompts run in segments with the state carried, so memory does not grow with their length.
+Prompts run in segments with the state carried, so memory does not grow with their length. On a GPU the step is a CUDA
+graph, and it runs while the host reads the step before; see `decode`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, Unpack, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_bk.errors import DataError, DomainError
-from resnet_bk.models.prefill import check_memory, evaluate, prefill
+from resnet_bk.models.decode import Choice, Decoder
+from resnet_bk.models.prefill import check_memory, prefill
 from resnet_bk.models.prompts import AnyPrompts, Prompts, read_prompts
-from resnet_bk.models.sampling import (
-    GenerationConfig,
-    GenerationOptions,
-    draw,
-    keep_top_k,
-    keep_top_p,
-    penalize_repetition,
-    row_seeds,
-)
+from resnet_bk.models.sampling import GenerationConfig, GenerationOptions, row_seeds
 from resnet_bk.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
@@ -195,26 +189,36 @@ def _run(model: LanguageModel, prompts: Prompts, config: GenerationConfig) -> It
         seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, ids in zip(seen, prompts.ids, strict=True):
             row[ids.to(device)] = True
+    decoder = Decoder(model, hidden, state, config, seen)
+    slots, choice = rows, decoder.choose(_draws(rows, config))
     while True:
-        tokens, log_probabilities = _choose(model, hidden, seen, rows, config)
-        unfinished = []
-        for place, (row, token, value) in enumerate(
-            zip(rows, tokens.tolist(), log_probabilities.tolist(), strict=True)
-        ):
+        # In place, the next step can start before this one's tokens are known here.
+        ahead: tuple[list[_Row], Choice] | None = None
+        if decoder.in_place and any(row.remaining > 1 for row in slots if not row.finished):
+            ahead = rows, decoder.step(_draws(rows, config))
+        for row, token, value in zip(slots, *choice.read(), strict=True):
+            if row.finished:
+                continue
+            if math.isnan(value):
+                raise DomainError(
+                    f"The model's logits for prompt {row.index} are not finite; its weights are damaged or its "
+                    "training diverged. Load an earlier checkpoint, or a wider dtype."
+                )
             text, reason = row.accept(token)
             yield GeneratedToken(row.index, token, text, value, reason)
-            if reason is None:
-                unfinished.append(place)
+        unfinished = [place for place, row in enumerate(rows) if not row.finished]
         if not unfinished:
             return
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        if len(unfinished) < len(rows):
-            keep = torch.tensor(unfinished, device=device)
-            rows, tokens, state = [rows[place] for place in unfinished], tokens[keep], state.select(keep)
-            seen = None if seen is None else seen[keep]
-        hidden, state = evaluate(model, tokens[:, None], state=state)
-        hidden = hidden[:, -1]
+        if decoder.keep(unfinished):
+            rows = [rows[place] for place in unfinished]
+        slots, choice = ahead or (rows, decoder.step(_draws(rows, config)))
+
+
+def _draws(rows: list[_Row], config: GenerationConfig) -> Tensor | None:
+    """The number in [0, 1) that draws the next token of each row; None where nothing is drawn."""
+    if config.temperature == 0:
+        return None
+    return torch.stack([torch.rand((), dtype=torch.float64, generator=row.generator) for row in rows])
 
 
 class _Row:
@@ -227,7 +231,8 @@ class _Row:
         self.generator = torch.Generator().manual_seed(seed)
         self._config = config
         limits = (config.max_new_tokens, config.max_length and config.max_length - len(prompt))
-        self._remaining = min(limit for limit in limits if limit is not None)
+        self.remaining = min(limit for limit in limits if limit is not None)
+        self.finished = False
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         if self._decoder is not None:
             # Decoders treat the first token of a text differently, so the stream begins inside the prompt.
@@ -237,7 +242,12 @@ class _Row:
 
     def accept(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that `token` completes, and why the sequence ends with it, if it does."""
-        self._remaining -= 1
+        text, reason = self._extend(token)
+        self.finished = reason is not None
+        return text, reason
+
+    def _extend(self, token: int) -> tuple[str, FinishReason | None]:
+        self.remaining -= 1
         if token in (self._config.stop_tokens or ()):
             return self._flush(), "stop_token"
         if self._decoder is not None:
@@ -245,7 +255,7 @@ class _Row:
             starts = [place for stop in self._config.stop_strings if (place := self._held.find(stop)) >= 0]
             if starts:
                 return self._held[: min(starts)], "stop_string"
-        if self._remaining == 0:
+        if self.remaining == 0:
             return self._flush(), "length"
         # What may be the beginning of a stop string waits until the next tokens decide.
         waiting = max((_overlap(self._held, stop) for stop in self._config.stop_strings), default=0)
@@ -259,32 +269,3 @@ class _Row:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, `stop` itself excluded."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-@torch.no_grad()
-def _choose(
-    model: LanguageModel, hidden: Float[Tensor, "rows d_model"], seen: Tensor | None, rows: list[_Row],
-    config: GenerationConfig,
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:  # fmt: skip
-    """The next token of every row, and its log-probability under the unfiltered model."""
-    logits = F.linear(hidden, model.output_weight).float()
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        row = rows[int((~finite).nonzero()[0])].index
-        raise DomainError(
-            f"The model's logits for prompt {row} are not finite; its weights are damaged or its training diverged. "
-            "Load an earlier checkpoint, or a wider dtype."
-        )
-    scores = logits
-    if seen is not None:
-        scores = penalize_repetition(scores, seen, config.repetition_penalty)
-    if config.temperature == 0:
-        tokens = scores.argmax(dim=1)
-    else:
-        # Differences to the largest logit keep a tiny temperature from overflowing.
-        scores = (scores - scores.amax(dim=1, keepdim=True)) / config.temperature
-        scores = keep_top_p(keep_top_k(scores, config.top_k), config.top_p)
-        uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=row.generator) for row in rows])
-        tokens = draw(scores, uniform.to(scores.device))
-    picked = logits.gather(1, tokens[:, None])[:, 0]
-    return tokens, picked - logits.logsumexp(dim=1)

@@ -233,7 +233,8 @@ class LanguageModel(nn.Module):
                 "input_ids must be non-empty int64 or int32 [batch, time]; got "
                 f"{input_ids.dtype} {list(input_ids.shape)}."
             )
-        if torch.compiler.is_compiling():
+        # The values are not looked at where that would break a graph.
+        if torch.compiler.is_compiling() or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         low, high = (int(bound) for bound in torch.aminmax(input_ids))
         if low < 0 or high >= self.config.vocab_size:
