@@ -50,14 +50,20 @@ format: setup ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu: setup ## Run the tests that need a CUDA device; without one, say so.
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-	then $(PYTEST) -m gpu; \
-	else echo "No GPU: torch.cuda.is_available() is False, so the GPU tests were not run."; fi
+gpu: setup ## Test the kernels: natively, with all GPU tests, on a GPU; in Triton's interpreter elsewhere.
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(PYTEST) -m gpu $(TESTS) && $(PYTEST) -k triton -m "not gpu" $(TESTS); \
+	else \
+		echo "No GPU: torch.cuda.is_available() is False. Kernels run in Triton's interpreter, GPU tests do not run."; \
+		$(PYTEST) -n $(WORKERS) -k triton -m "not gpu" $(TESTS); \
+	fi
 
-bench: setup ## Measure speed and memory on this machine's CPU; adds rows to benchmarks/results. Keep it quiet.
-	$(BIN)/python benchmarks/mixer_cpu.py
-	$(BIN)/python benchmarks/memory_cpu.py
+bench: setup ## Measure on this machine's GPU, or else its CPU; adds rows to benchmarks/results. Keep it quiet.
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python benchmarks/mixer_speed.py --budget 3600 && $(BIN)/python benchmarks/model_speed.py --budget 3600; \
+	else \
+		$(BIN)/python benchmarks/mixer_cpu.py && $(BIN)/python benchmarks/memory_cpu.py; \
+	fi
 	$(BIN)/python -m resnet_bk.evaluation.ledger
 
 docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html; a warning is an error.

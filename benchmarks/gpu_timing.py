@@ -111,13 +111,17 @@ class Clock:
         peak = torch.cuda.max_memory_allocated(self.device) - before if self.on_gpu else 0
         return device, host, peak
 
-    def alternate(self, arms: Mapping[str, Run], *, seconds: float, most: int = 25) -> dict[str, Timing | str]:
+    def alternate(
+        self, arms: Mapping[str, Run], *, seconds: float, least: int = 3, most: int = 25, run_ahead: float = 0.05
+    ) -> dict[str, Timing | str]:
         """What every arm took, arms in turn (A B A B ...), or why it failed.
 
         Args:
             arms: name -> what to time.
-            seconds: roughly how long the counted runs may take together; every arm gets three at least.
+            seconds: roughly how long the counted runs may take together.
+            least: counted runs of an arm at least; with none, the second of the two first ones counts.
             most: counted runs of an arm at most.
+            run_ahead: seconds that the host may be ahead at most; 0 for what no other work surrounds.
 
         Raises:
             DeviceLostError: an arm left the device unusable.
@@ -132,13 +136,13 @@ class Clock:
                 self._check_alive(name, reason)
                 release_memory()
         total = sum(device for device, _, _ in first.values()) + 1e-9
-        rounds = max(3, min(most, int(seconds / total)))
+        rounds = max(least, min(most, int(seconds / total)))
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
         for _ in range(rounds):
             for name in first:
                 if name in found:
                     continue
-                lead = min(0.05, 1.5 * first[name][1])
+                lead = min(run_ahead, 1.5 * first[name][1])
                 try:
                     runs[name].append(self.seconds(arms[name], lead=lead))
                 except failures() as error:
@@ -146,6 +150,7 @@ class Clock:
                     self._check_alive(name, reason)
         for name, times in runs.items():
             if name not in found:
+                times = times or [first[name][:2]]
                 host = statistics.median(host for _, host in times)
                 found[name] = Timing([device for device, _ in times], host, first[name][2])
         return found

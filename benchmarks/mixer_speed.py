@@ -443,7 +443,8 @@ def main() -> None:
         for part, places in (("shapes", shapes), ("crossover", crossing)):
             for batch, time in places if part in parts else ():
                 if out_of_time(arguments):
-                    sys.exit("The budget is spent; the same command goes on from here.")
+                    print("The budget is spent; the same command goes on from here.")
+                    return
                 time_shape(bench, clock, rows, ceilings, part, batch, time)
     except DeviceLostError:
         start_again(arguments)
