@@ -78,6 +78,17 @@ def flux_gate(
     return log_decay, torch.rsqrt(1 + previous_imag / absorption)
 
 
+def previous_imag(
+    imag: Float[Tensor, "batch time heads"], first: Float[Tensor, "*rows heads"], cu_seqlens: Tensor | None
+) -> Float[Tensor, "batch time heads"]:
+    """Im m one site earlier; before a sequence or packed document starts it is that row of `first`, or `first`."""
+    first = first.expand(imag.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, -1)
+    if cu_seqlens is None:
+        return torch.cat((first[:, None], imag[:, :-1]), dim=1)
+    shifted = torch.cat((imag[:, :1], imag[:, :-1]), dim=1)
+    return shifted.index_copy(1, cu_seqlens[:-1].long(), first[None].to(imag.dtype))
+
+
 def scattering_phase(m: tuple[Tensor, Tensor], free: tuple[Tensor, Tensor]) -> Float[Tensor, "batch time heads"]:
     """Scattering phase arg m0 - arg m per site, in (-pi, pi), of m against the potential-free `free` = m0.
 

@@ -5,7 +5,7 @@ document). Slots never cross rows, so no loop over sites looks for document star
 to a constant map instead. Loops take `_SITES` sites at a time and begin with all their loads.
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -112,18 +112,24 @@ def _place(
 
 
 @triton.jit
-def _read(pointer, token, stride, head, live, OTHER: tl.constexpr):
-    return tl.load(pointer + token.to(tl.int64) * stride + head, mask=live, other=OTHER).to(tl.float32)
+def _at(pointer, token, stride, head):
+    """Where each lane's values begin. Offsets from here fit 32 bits, offsets from `pointer` need not."""
+    return pointer + token.to(tl.int64) * stride + head
 
 
 @triton.jit
-def _tile(pointer, token, STEP: tl.constexpr, stride, head, left, OTHER: tl.constexpr):
-    """Values at `_SITES` tokens from `token` on, forwards or backwards; OTHER beyond the `left` that remain."""
+def _read(pointer, live, OTHER: tl.constexpr):
+    return tl.load(pointer, mask=live, other=OTHER).to(tl.float32)
+
+
+@triton.jit
+def _tile(pointer, t, stride, left, OTHER: tl.constexpr):
+    """Values of `_SITES` sites from site t on; OTHER beyond the `left` that remain."""
     return (
-        _read(pointer, token, stride, head, left > 0, OTHER),
-        _read(pointer, token + STEP, stride, head, left > 1, OTHER),
-        _read(pointer, token + 2 * STEP, stride, head, left > 2, OTHER),
-        _read(pointer, token + 3 * STEP, stride, head, left > 3, OTHER),
+        _read(pointer + t * stride, left > 0, OTHER),
+        _read(pointer + (t + 1) * stride, left > 1, OTHER),
+        _read(pointer + (t + 2) * stride, left > 2, OTHER),
+        _read(pointer + (t + 3) * stride, left > 3, OTHER),
     )
 
 
@@ -138,7 +144,7 @@ def _medium(a, e, scale, energy, bias, floor, KIND: tl.constexpr):
 
 @triton.jit
 def _principal_root(x, y):
-    """a and b > 0 with (a - i b)^2 = x - i y, for y > 0."""
+    """Real parts a and b > 0 with (a - i b)^2 = x - i y, for y > 0."""
     large = tl.sqrt((tl.sqrt(x * x + y * y) + tl.abs(x)) * 0.5)
     small = y / (2.0 * large)
     return tl.where(x >= 0.0, large, small), tl.where(x >= 0.0, small, large)
@@ -164,18 +170,20 @@ def _free_root(energy, eta):
 
 @triton.jit
 def _initial(real, imag, stride, row, head, first, energy, bias, floor, LEAD: tl.constexpr):
-    """m before the row: the lead, or what the caller gave."""
+    """Green function m before the row: the lead, or what the caller gave."""
     if LEAD:
         m_r, m_i, _, _ = _free_root(energy, _softplus(bias)[0] + floor)
         return m_r, m_i
     else:
-        return _read(real, row, stride, head, first, 0.0), _read(imag, row, stride, head, first, 0.0)
+        return _read(_at(real, row, stride, head), first, 0.0), _read(_at(imag, row, stride, head), first, 0.0)
 
 
 @triton.jit
 def _flux(u, eta):
     """Log decay and weight of the flux gate, u = Im m one site earlier; see `flux_gate`."""
-    return tl.where(u == 0.0, 0.0, -0.5 * _log1p(eta * _inverse(u))), eta * tl.rsqrt(eta * (u + eta))
+    wall = u == 0.0  # nothing decays
+    decay = -0.5 * _log1p(eta * _inverse(tl.where(wall, 1.0, u)))
+    return tl.where(wall, 0.0, decay), eta * tl.rsqrt(eta * (u + eta))
 
 
 @triton.jit
@@ -197,9 +205,9 @@ def _pull_gates(u, e, s, g_decay, g_weight, bias, source_bias, floor, KIND: tl.c
     if KIND == "free":
         g_b = tl.zeros_like(u)
         d_s = g_weight * _sigmoid(s + source_bias)
-    # Behind a wall (u = 0) nothing decays, whatever the absorption.
-    g_decay = tl.where(u == 0.0, 0.0, g_decay)
-    d_u = half * (tl.where(u == 0.0, 0.0, g_decay * eta * _inverse(u)) - g_b * b)
+    wall = u == 0.0  # nothing decays, whatever the absorption
+    g_decay = tl.where(wall, 0.0, g_decay)
+    d_u = half * (g_decay * eta * _inverse(tl.where(wall, 1.0, u)) - g_b * b)
     d_eta = half * (g_b * (u * root) - g_decay)
     return d_u, d_eta, d_s, slope
 
@@ -290,7 +298,7 @@ def _composed(before, after):
 
 
 @_kernel
-def _compose_kernel(
+def compose_kernel(
     maps, detuning, absorption, detuning_stride, absorption_stride, scale, energy, bias, floor,
     initial_real, initial_imag, initial_stride, cu_seqlens, rows, row_length, search, chunk, slots, heads,
     KIND: tl.constexpr, LEAD: tl.constexpr, PACKED: tl.constexpr, LANES: tl.constexpr,
@@ -310,10 +318,12 @@ def _compose_kernel(
         tl.where(first, m_r.to(tl.float64), 0.0), tl.where(first, m_i.to(tl.float64), 0.0), zero + 1.0, zero,
         other, zero, zero, zero,
     )  # fmt: skip
+    detuning = _at(detuning, start, detuning_stride, head)
+    absorption = _at(absorption, start, absorption_stride, head)
     for t in range(0, tl.max(sites, 0), _SITES):
         # Sites past the end of a row change a map that nothing reads: the next slot begins a row.
-        a = _tile(detuning, start + t, 1, detuning_stride, head, sites - t, 0.0)
-        e = _tile(absorption, start + t, 1, absorption_stride, head, sites - t, 1.0)
+        a = _tile(detuning, t, detuning_stride, sites - t, 0.0)
+        e = _tile(absorption, t, absorption_stride, sites - t, 1.0)
         for j in tl.static_range(_SITES):
             delta, eta = _medium(a[j], e[j], scale, energy, bias, floor, KIND)
             delta, eta = delta.to(tl.float64), eta.to(tl.float64)
@@ -334,10 +344,10 @@ def _compose_kernel(
 
 
 @_kernel
-def _carry_kernel(
+def carry_kernel(
     carried, group_maps, maps, slots, heads, per_group, GROUPS: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """m before every slot as a vector (x, y), m = x / y: compose within groups, across groups, then walk each group."""
+    """Vector (x, y), m = x / y, before every slot: compose within groups, across groups, then walk each group."""
     lane = tl.arange(0, GROUPS * HEADS)
     group = lane // HEADS
     head = tl.program_id(0) * HEADS + lane % HEADS
@@ -379,7 +389,7 @@ def _carry_kernel(
 
 
 @_kernel
-def _apply_kernel(
+def apply_kernel(
     log_decay, weight, m_real, m_imag, state_real, state_imag, carried,
     detuning, absorption, source, detuning_stride, absorption_stride, source_stride,
     scale, energy, bias, source_bias, floor,
@@ -405,14 +415,22 @@ def _apply_kernel(
         square = y_r * y_r + y_i * y_i
         m_r = tl.where(first, m_r, ((x_r * y_r + x_i * y_i) / square).to(tl.float32))
         m_i = tl.where(first, m_i, ((x_i * y_r - x_r * y_i) / square).to(tl.float32))
+    detuning = _at(detuning, start, detuning_stride, head)
+    absorption = _at(absorption, start, absorption_stride, head)
+    if KIND == "gated" or KIND == "free":
+        source = _at(source, start, source_stride, head)
+    if KIND != "plain":
+        log_decay, weight = _at(log_decay, start, heads, head), _at(weight, start, heads, head)
+    if SAVE:
+        m_real, m_imag = _at(m_real, start, heads, head), _at(m_imag, start, heads, head)
     for t in range(0, tl.max(sites, 0), _SITES):
-        a = _tile(detuning, start + t, 1, detuning_stride, head, sites - t, 0.0)
-        e = _tile(absorption, start + t, 1, absorption_stride, head, sites - t, 1.0)
+        a = _tile(detuning, t, detuning_stride, sites - t, 0.0)
+        e = _tile(absorption, t, absorption_stride, sites - t, 1.0)
         if KIND == "gated" or KIND == "free":
-            s = _tile(source, start + t, 1, source_stride, head, sites - t, 0.0)
+            s = _tile(source, t, source_stride, sites - t, 0.0)
         for j in tl.static_range(_SITES):
             inside = t + j < sites
-            at = (start + t + j).to(tl.int64) * heads + head
+            at = (t + j) * heads
             delta, eta = _medium(a[j], e[j], scale, energy, bias, floor, KIND)
             if KIND != "plain":
                 decay, b = _flux(m_i, eta)
@@ -435,7 +453,7 @@ def _apply_kernel(
 
 
 @_kernel
-def _adjoint_compose_kernel(
+def adjoint_compose_kernel(
     maps, m_real, m_imag, grad_one, grad_two, grad_state_real, grad_state_imag,
     absorption, source, absorption_stride, source_stride, energy, bias, source_bias, floor,
     initial_real, initial_imag, initial_stride, cu_seqlens, rows, row_length, search, chunk, slots, heads,
@@ -449,26 +467,32 @@ def _adjoint_compose_kernel(
     energy = _head_parameter(energy, head, live, KIND)
     bias = _head_parameter(bias, head, live, KIND)
     source_bias = _head_parameter(source_bias, head, live, KIND)
-    first_r, first_i = _initial(initial_real, initial_imag, initial_stride, row, head, first, energy, bias, floor, LEAD)
+    _, first_i = _initial(initial_real, initial_imag, initial_stride, row, head, first, energy, bias, floor, LEAD)
     total_r = tl.zeros_like(head).to(tl.float64)
     total_i = total_r
     product_r, product_i = total_r + 1.0, total_r
     if grad_state_real is not None:
         total_r += tl.load(grad_state_real + row * heads + head, mask=last, other=0.0).to(tl.float64)
         total_i += tl.load(grad_state_imag + row * heads + head, mask=last, other=0.0).to(tl.float64)
+    end = start + sites - 1
+    m_real, m_imag = _at(m_real, end, heads, head), _at(m_imag, end, heads, head)
+    grad_one, grad_two = _at(grad_one, end, heads, head), _at(grad_two, end, heads, head)
+    if KIND != "plain":
+        absorption = _at(absorption, end, absorption_stride, head)
+    if KIND == "gated" or KIND == "free":
+        source = _at(source, end, source_stride, head)
     for t in range(0, tl.max(sites, 0), _SITES):
-        token = start + sites - 1 - t
         # Sites past the start of a slot multiply by m = 1 and add nothing.
-        real = _tile(m_real, token, -1, heads, head, sites - t, 1.0)
-        imag = _tile(m_imag, token, -1, heads, head, sites - t, 0.0)
-        one = _tile(grad_one, token, -1, heads, head, sites - t, 0.0)
-        two = _tile(grad_two, token, -1, heads, head, sites - t, 0.0)
+        real = _tile(m_real, t, -heads, sites - t, 1.0)
+        imag = _tile(m_imag, t, -heads, sites - t, 0.0)
+        one = _tile(grad_one, t, -heads, sites - t, 0.0)
+        two = _tile(grad_two, t, -heads, sites - t, 0.0)
         if KIND != "plain":
-            before = _tile(m_imag, token - 1, -1, heads, head, sites - t - first.to(tl.int32), 1.0)
-            e = _tile(absorption, token, -1, absorption_stride, head, sites - t, 0.0)
+            before = _tile(m_imag, t + 1, -heads, sites - t - first.to(tl.int32), 1.0)
+            e = _tile(absorption, t, -absorption_stride, sites - t, 0.0)
         s = one
         if KIND == "gated" or KIND == "free":
-            s = _tile(source, token, -1, source_stride, head, sites - t, 0.0)
+            s = _tile(source, t, -source_stride, sites - t, 0.0)
         for j in tl.static_range(_SITES):
             if KIND == "plain":
                 total_r += one[j].to(tl.float64)
@@ -503,7 +527,7 @@ def _load_affine(maps, slot, heads, head, live):
 
 @triton.jit
 def _affine(after, x_r, x_i):
-    """total + product * x; the total of a constant map even if x is NaN."""
+    """Image total + product * x; the total of a constant map even if x is NaN."""
     constant = (after[2] == 0.0) & (after[3] == 0.0)
     r = after[0] + (after[2] * x_r - after[3] * x_i)
     i = after[1] + (after[2] * x_i + after[3] * x_r)
@@ -511,10 +535,10 @@ def _affine(after, x_r, x_i):
 
 
 @_kernel
-def _adjoint_carry_kernel(
+def adjoint_carry_kernel(
     carried, group_maps, maps, slots, heads, per_group, GROUPS: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """Cotangent of m behind every slot; as `_carry_kernel`, from the last slot to the first."""
+    """Cotangent of m behind every slot; as `carry_kernel`, from the last slot to the first."""
     lane = tl.arange(0, GROUPS * HEADS)
     group = lane // HEADS  # counted from the end
     head = tl.program_id(0) * HEADS + lane % HEADS
@@ -558,7 +582,7 @@ def _adjoint_carry_kernel(
 
 
 @_kernel
-def _adjoint_apply_kernel(
+def adjoint_apply_kernel(
     d_detuning, d_absorption, d_source, d_parameters, d_initial_real, d_initial_imag, carried,
     m_real, m_imag, grad_one, grad_two, grad_state_real, grad_state_imag,
     detuning, absorption, source, detuning_stride, absorption_stride, source_stride,
@@ -575,7 +599,7 @@ def _adjoint_apply_kernel(
     energy = _head_parameter(energy, head, live, KIND)
     bias = _head_parameter(bias, head, live, KIND)
     source_bias = _head_parameter(source_bias, head, live, KIND)
-    first_r, first_i = _initial(initial_real, initial_imag, initial_stride, row, head, first, energy, bias, floor, LEAD)
+    _, first_i = _initial(initial_real, initial_imag, initial_stride, row, head, first, energy, bias, floor, LEAD)
     g_r = tl.zeros_like(head).to(tl.float32)
     g_i = g_r
     if grad_state_real is not None:
@@ -588,22 +612,30 @@ def _adjoint_apply_kernel(
         g_i += tl.load(behind + heads, mask=live & (sites > 0), other=0.0).to(tl.float32)
     d_scale = tl.zeros_like(head).to(tl.float32)
     d_energy, d_bias, d_source_bias = d_scale, d_scale, d_scale
+    end = start + sites - 1
+    m_real, m_imag = _at(m_real, end, heads, head), _at(m_imag, end, heads, head)
+    grad_one, grad_two = _at(grad_one, end, heads, head), _at(grad_two, end, heads, head)
+    d_detuning, d_absorption = _at(d_detuning, end, heads, head), _at(d_absorption, end, heads, head)
+    if KIND != "plain":
+        detuning = _at(detuning, end, detuning_stride, head)
+        absorption = _at(absorption, end, absorption_stride, head)
+    if KIND == "gated" or KIND == "free":
+        source, d_source = _at(source, end, source_stride, head), _at(d_source, end, heads, head)
     for t in range(0, tl.max(sites, 0), _SITES):
-        token = start + sites - 1 - t
-        real = _tile(m_real, token, -1, heads, head, sites - t, 1.0)
-        imag = _tile(m_imag, token, -1, heads, head, sites - t, 0.0)
-        one = _tile(grad_one, token, -1, heads, head, sites - t, 0.0)
-        two = _tile(grad_two, token, -1, heads, head, sites - t, 0.0)
+        real = _tile(m_real, t, -heads, sites - t, 1.0)
+        imag = _tile(m_imag, t, -heads, sites - t, 0.0)
+        one = _tile(grad_one, t, -heads, sites - t, 0.0)
+        two = _tile(grad_two, t, -heads, sites - t, 0.0)
         if KIND != "plain":
-            before = _tile(m_imag, token - 1, -1, heads, head, sites - t - first.to(tl.int32), 1.0)
-            a = _tile(detuning, token, -1, detuning_stride, head, sites - t, 0.0)
-            e = _tile(absorption, token, -1, absorption_stride, head, sites - t, 0.0)
+            before = _tile(m_imag, t + 1, -heads, sites - t - first.to(tl.int32), 1.0)
+            a = _tile(detuning, t, -detuning_stride, sites - t, 0.0)
+            e = _tile(absorption, t, -absorption_stride, sites - t, 0.0)
         s = one
         if KIND == "gated" or KIND == "free":
-            s = _tile(source, token, -1, source_stride, head, sites - t, 0.0)
+            s = _tile(source, t, -source_stride, sites - t, 0.0)
         for j in tl.static_range(_SITES):
             inside = t + j < sites
-            at = (token - j).to(tl.int64) * heads + head
+            at = -(t + j) * heads
             if KIND == "plain":
                 g_r += one[j]
                 g_i += two[j]

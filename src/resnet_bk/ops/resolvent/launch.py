@@ -1,20 +1,21 @@
-"""Custom operators over the Triton kernels: the flux gates in one pass over the projections, and the bare resolvent.
+"""How a call of the Triton kernels is cut into programs, and the three passes in either direction.
 
 Operands are [tokens, heads], rows one after the other: `rows` sequences of equal length, or documents when
 `cu_seqlens` is given. Gradients of per-head parameters are sums of one partial sum a slot, so they repeat bit by bit.
 """
 
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from resnet_bk.ops.dispatch import verify_once
-from resnet_bk.ops.resolvent import triton as kernels
+from resnet_bk.ops.resolvent import triton as passes
 
 # Lanes of a program of the passes over sites: one warp, so that few slots still spread over all multiprocessors.
 _LANES = 32
@@ -30,8 +31,12 @@ def chunk_length(tokens: int) -> int:
     return next((chunk for chunk in _CHUNKS if 32 * chunk * chunk >= tokens), _CHUNKS[-1])
 
 
+def _ceil(count: int, per: int) -> int:
+    return -(-count // per)
+
+
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How one call is cut into slots."""
 
     tokens: int
@@ -41,13 +46,14 @@ class _Layout:
 
     @property
     def chunk(self) -> int:
+        """Sites per slot."""
         return chunk_length(self.tokens)
 
     @property
     def slots(self) -> int:
         """Slots of all rows; the kernels know which of a document's are empty without a table."""
         if self.cu_seqlens is None:
-            return self.rows * triton.cdiv(self.tokens // self.rows, self.chunk)
+            return self.rows * _ceil(self.tokens // self.rows, self.chunk)
         return self.tokens // self.chunk + self.rows
 
     @property
@@ -57,7 +63,8 @@ class _Layout:
 
     @property
     def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.slots * self.heads, _LANES),)
+        """Programs of the passes over sites."""
+        return (_ceil(self.slots * self.heads, _LANES),)
 
     def arguments(self) -> dict[str, Any]:
         """What the passes over sites need to find their place."""
@@ -78,15 +85,15 @@ class _Layout:
         """What the carry `kernel` finds at every slot [slots, width, heads], float64."""
         carried = maps.new_empty(self.slots, width, self.heads)
         group_maps = maps.new_empty(_GROUPS, *maps.shape[1:])
-        kernel[(triton.cdiv(self.heads, _GROUP_HEADS),)](
-            carried, group_maps, maps, self.slots, self.heads, triton.cdiv(self.slots, _GROUPS),
+        kernel[(_ceil(self.heads, _GROUP_HEADS),)](
+            carried, group_maps, maps, self.slots, self.heads, _ceil(self.slots, _GROUPS),
             GROUPS=_GROUPS, HEADS=_GROUP_HEADS, num_warps=4,
         )  # fmt: skip
         return carried
 
 
 @dataclass(frozen=True)
-class _Medium:
+class Medium:
     """Inputs of a sweep: raw projections with per-head parameters, or detuning and absorption (kind "plain")."""
 
     kind: str
@@ -111,58 +118,52 @@ class _Medium:
         return {**chosen, **common, "initial_stride": stride, "KIND": self.kind, "LEAD": self.initial_real is None}
 
 
-def _forward(medium: _Medium, layout: _Layout, save: bool) -> tuple[Tensor, ...]:
+def forward(medium: Medium, layout: Layout, save: bool) -> tuple[Tensor, ...]:
     """(log decay, weight, Re and Im of the last m of each row, Re and Im m); of the kind "plain" m only."""
-    like, place = medium.detuning, layout.arguments()
-    shape, gated = (layout.tokens, layout.heads), medium.kind != "plain"
-    carried = None
+    like, gated = medium.detuning, medium.kind != "plain"
+    tokens, rows, none = (layout.tokens, layout.heads), (layout.rows, layout.heads), (0,)
+    m = [like.new_empty(tokens if save else none, dtype=torch.float32) for _ in range(2)]
+    gates = [like.new_empty(tokens, dtype=torch.float32) for _ in range(2)] if gated else [None, None]
+    state = [like.new_empty(rows, dtype=torch.float32) for _ in range(2)] if gated else [None, None]
+    carried, place = None, layout.arguments()
     with torch.cuda.device_of(like):
         if layout.carries:
-            maps = torch.empty(layout.slots, 8, layout.heads, dtype=torch.float64, device=like.device)
-            kernels._compose_kernel[layout.grid](
-                maps, **medium.arguments("detuning", "absorption", "scale"), **place
-            )  # fmt: skip
-            carried = layout.carry(kernels._carry_kernel, maps, 4)
-        m = [like.new_empty(shape if save else 0, dtype=torch.float32) for _ in range(2)]
-        gates = [like.new_empty(shape, dtype=torch.float32) if gated else None for _ in range(2)]
-        state = [like.new_empty((layout.rows, layout.heads), dtype=torch.float32) if gated else None for _ in range(2)]
-        kernels._apply_kernel[layout.grid](
-            *gates, *m, *state, carried,
-            **medium.arguments("detuning", "absorption", "source", "scale", "source_bias"), **place, SAVE=save,
-        )  # fmt: skip
-    return (*gates, *state, *m) if gated else tuple(m)
+            maps = like.new_empty((layout.slots, 8, layout.heads), dtype=torch.float64)
+            passes.compose_kernel[layout.grid](maps, **medium.arguments("detuning", "absorption", "scale"), **place)
+            carried = layout.carry(passes.carry_kernel, maps, 4)
+        operands = medium.arguments("detuning", "absorption", "source", "scale", "source_bias")
+        passes.apply_kernel[layout.grid](*gates, *m, *state, carried, **operands, **place, SAVE=save)
+    return tuple(x for x in (*gates, *state, *m) if x is not None)
 
 
-def _adjoint(
-    medium: _Medium, layout: _Layout, m: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor],
-    grad_state: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, ...]:  # fmt: skip
+def adjoint(
+    medium: Medium,
+    layout: Layout,
+    m: tuple[Tensor, Tensor],
+    grads: Sequence[Tensor],
+    grad_state: Sequence[Tensor | None] = (None, None),
+) -> tuple[Any, ...]:
     """Gradients of detuning, absorption, source, [scale, energy, bias, source bias] and both parts of the initial m.
 
-    Those that do not exist are empty.
+    `grads` are those of log decay and weight, or of m if the kind is "plain". The source's is None where there is no
+    source; those of the initial m are empty where there is a lead.
     """
-    like, place = medium.detuning, layout.arguments()
-    gated = medium.kind != "plain"
-    carried = None
-    operands = [
+    like, gated = medium.detuning, medium.kind != "plain"
+    raw = [
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (medium.detuning, medium.absorption, medium.source)
     ]
     rows = 0 if medium.initial_real is None else layout.rows
-    initial = [like.new_empty((rows, layout.heads), dtype=torch.float32) for _ in range(2)]
+    first = [like.new_empty((rows, layout.heads), dtype=torch.float32) for _ in range(2)]
     sums = like.new_empty((layout.slots if gated else 0, 4, layout.heads), dtype=torch.float32)
+    carried, place = None, layout.arguments()
+    given = (*m, *grads, *grad_state)
     with torch.cuda.device_of(like):
         if layout.carries:
-            maps = torch.empty(layout.slots, 4, layout.heads, dtype=torch.float64, device=like.device)
-            kernels._adjoint_compose_kernel[layout.grid](
-                maps, *m, *grads, *grad_state,
-                **medium.arguments("absorption", "source", "source_bias"), **place,
-            )  # fmt: skip
-            carried = layout.carry(kernels._adjoint_carry_kernel, maps, 2)
-        kernels._adjoint_apply_kernel[layout.grid](
-            *operands, sums, *initial, carried, *m, *grads, *grad_state,
-            **medium.arguments("detuning", "absorption", "source", "scale", "source_bias"), **place,
-        )  # fmt: skip
-    if operands[2] is None:
-        operands[2] = like.new_empty(0)
-    return (*operands, sums.sum(0), *initial)
+            maps = like.new_empty((layout.slots, 4, layout.heads), dtype=torch.float64)
+            operands = medium.arguments("absorption", "source", "source_bias")
+            passes.adjoint_compose_kernel[layout.grid](maps, *given, **operands, **place)
+            carried = layout.carry(passes.adjoint_carry_kernel, maps, 2)
+        operands = medium.arguments("detuning", "absorption", "source", "scale", "source_bias")
+        passes.adjoint_apply_kernel[layout.grid](*raw, sums, *first, carried, *given, **operands, **place)
+    return (*raw, sums.sum(0), *first)
