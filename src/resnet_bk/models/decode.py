@@ -77,7 +77,7 @@ class Decoder:
         """
         if len(rows) == len(self._tokens) or (self.in_place and 2 * len(rows) > len(self._tokens)):
             return False
-        self._graph, self._warm = None, False
+        self._graph, self._chosen, self._warm = None, None, False
         index = torch.tensor(rows, device=self._tokens.device)
         self.state = self.state.select(index)
         if self.in_place:
