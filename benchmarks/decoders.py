@@ -10,8 +10,10 @@ from peer_models import prepare_heads
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_bk.models.prefill import prefill
+from resnet_bk.models import decode
+from resnet_bk.models.prefill import evaluate, prefill
 from resnet_bk.models.resnet_bk import LanguageModel
+from resnet_bk.models.sampling import GenerationConfig
 
 Step = Callable[[], None]
 
@@ -41,18 +43,35 @@ class OwnDecoder(Decoder):
         super().__init__(model, rows)
         _, state = prefill(model, [prompt])
         self.state = state.select(torch.zeros_like(self.ids))
+        self.in_place = decode.captures(model)
+        if self.in_place:
+            self.state = decode.owned(self.state)
+        elif self.ids.is_cuda:
+            raise RuntimeError("this model's step cannot be captured")
 
     def step(self) -> None:
-        hidden, after = self.model.hidden_states(self.ids[:, None], state=self.state)
-        for old, new in zip(_tensors(self.state), _tensors(after), strict=True):
-            old.copy_(new)
+        hidden, self.state = evaluate(self.model, self.ids[:, None], state=self.state)
+        if self.in_place:
+            self.state.layers[0].mix.position.add_(1)
         self.ids.copy_(F.linear(hidden[:, -1], self.model.output_weight).argmax(-1))
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    state.map(lambda tensor: found.append(tensor) or tensor)
-    return found
+def generation(model: LanguageModel, rows: int, prompt: Tensor, times: int) -> Step:
+    """A call that makes `times` steps of `generate`: choices checked, their log-probabilities read by the host."""
+    hidden, state = prefill(model, [prompt])
+    every = torch.zeros(rows, dtype=torch.long, device=hidden.device)
+    decoder = decode.Decoder(model, hidden[every], state.select(every), GenerationConfig(temperature=0))
+    decoder.choose()
+
+    def run() -> None:
+        before = decoder.step()
+        for _ in range(times - 1):
+            now = decoder.step()
+            before.read()
+            before = now
+        before.read()
+
+    return run
 
 
 class MambaDecoder(Decoder):

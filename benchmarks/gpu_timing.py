@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -133,7 +134,7 @@ class Clock:
                 first[name] = self.first_runs(run)
             except failures() as error:
                 found[name] = reason = summary(error)
-                self._check_alive(name, reason)
+                self.check_alive(name, reason)
                 release_memory()
         total = sum(device for device, _, _ in first.values()) + 1e-9
         rounds = max(least, min(most, int(seconds / total)))
@@ -147,7 +148,7 @@ class Clock:
                     runs[name].append(self.seconds(arms[name], lead=lead))
                 except failures() as error:
                     found[name] = reason = summary(error)
-                    self._check_alive(name, reason)
+                    self.check_alive(name, reason)
         for name, times in runs.items():
             if name not in found:
                 times = times or [first[name][:2]]
@@ -155,16 +156,17 @@ class Clock:
                 found[name] = Timing([device for device, _ in times], host, first[name][2])
         return found
 
-    def _check_alive(self, arm: str, reason: str) -> None:
+    def check_alive(self, arm: str, reason: str) -> None:
+        """Raise `DeviceLostError` if `arm`, which failed for `reason`, broke the device's context."""
         try:
             self.synchronize()
         except RuntimeError:
             raise DeviceLostError(arm, reason) from None
 
 
-def summary(error: Exception) -> str:
-    """One line that says what was raised."""
-    text = str(error).strip().split("\n")[0]
+def summary(error: BaseException) -> str:
+    """One line that says what was raised, without the paths of this machine."""
+    text = re.sub(r"(/[\w.+-]+){2,}/?", "<path>", str(error).strip().split("\n")[0])
     return f"failed: {type(error).__name__}: {text[:200]}"
 
 

@@ -51,11 +51,11 @@ PASSES = ("forward", "forward+backward")
 SHAPES = [(16, 2048), (1, 32768), (64, 2048), (4, 32768), (1, 131072), (8, 131072), (1, 1048576)]
 """Rows and tokens a row."""
 CROSSOVER_SHAPES = [(64, 512), (32, 1024), (16, 2048), (8, 4096), (4, 8192), (1, 32768)]
-SLOWEST = 1.5
+SLOWEST = 1.0
 """Attention that would take longer than this, seconds a call, is left out."""
 SPEED_COLUMNS = {"arm": 28, "pass": 16, "batch": 5, "length_tokens": 13, "milliseconds": 12, "spread": 8}
 SPEED_COLUMNS |= {"host_milliseconds": 17, "times_resnet_bk": 15, "fraction_of_floor": 17, "peak_mib": 9, "outcome": 7}
-ACCURACY_COLUMNS = {"arm": 32, "quantities": 10, "worst": 28, "ratio": 8, "bound": 8, "outcome": 7}
+ACCURACY_COLUMNS = {"arm": 32, "quantities": 10, "worst": 28, "ratio": 8, "share_of_bound": 14, "outcome": 7}
 CHUNK = 64
 """Tokens per score matrix, for counting operations."""
 
@@ -392,7 +392,7 @@ def check_kernels(rows: Rows, cases: list[kernel_accuracy.Case], workers: int) -
             error=worst.error if finite else str(worst.error),
             plain_error=worst.plain_error if finite else str(worst.plain_error),
             ratio=worst.ratio if finite else str(worst.ratio),
-            bound=worst.bound,
+            share_of_bound=worst.error / worst.bound if finite else None,
             outcome=f"failed: {', '.join(failing)}"[:300] if failing else "passed",
         )
     outcomes = [rows.find(part="accuracy", arm=str(case)) for case in cases]

@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +49,17 @@ from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.optimizer import build_optimizer
 
 PARTS = ("train", "memory", "decode")
-DECODERS = ("resnet-bk", "mamba-2, bfloat16 states", "mamba-2, float32 states", "transformer")
+DECODERS = ("resnet-bk", "resnet-bk, generate", "mamba-2, bfloat16 states", "mamba-2, float32 states", "transformer")
 DATASHEET_FLOPS = 989e12
 """Dense bfloat16 rate of an H100 or H200 (SXM) by its datasheet."""
 COLUMNS = {"arm": 28, "preset": 6, "batch": 5, "length_tokens": 13, "tokens_per_second": 17, "milliseconds": 12}
 COLUMNS |= {
+    "peak_gigabytes": 14,
     "over_shortest": 13,
     "over_resnet_bk": 14,
     "mfu_measured": 12,
     "mfu_datasheet": 13,
-    "peak_gigabytes": 14,
+    "working_gigabytes": 17,
     "outcome": 7,
 }
 
@@ -160,11 +162,12 @@ class Bench:
                 return Training(kind, preset, self.device, self.plan.segment_tokens)
             except failures() as error:
                 reason = summary(error)
-                release_memory()
         for batch, time_ in lengths:
             key = self._key("train " + preset, kind, batch, time_)
             if not self.rows.find(**key):
                 self.rows.add(**key, preset=preset, outcome=reason)
+        self.clock.check_alive(kind, reason)
+        release_memory()
         return None
 
     def _train_at(self, preset: str, trainings: dict[str, Training], batch: int, time_: int) -> None:
@@ -179,12 +182,8 @@ class Bench:
                 found[kind] = f"not run: a step would take about {expected:.0f} s"
             else:
                 runs[kind] = training.step(batch, time_)
-        try:
+        with self._noting_loss("train " + preset, preset, batch, time_):
             found |= self.clock.alternate(runs, seconds=10.0, least=0, most=8, run_ahead=0.0)
-        except DeviceLostError as lost:
-            key = self._key("train " + preset, lost.arm, batch, time_)
-            self.rows.add(**key, preset=preset, outcome=f"{lost.reason} (the device's context was lost)")
-            raise
         for kind, timing in found.items():
             key = self._key("train " + preset, kind, batch, time_)
             model = trainings[kind].model
@@ -206,7 +205,7 @@ class Bench:
                 runs=len(timing.seconds),
                 mfu_measured=rate / self.ceilings.matmul_flops_per_second,
                 mfu_datasheet=rate / DATASHEET_FLOPS,
-                peak_gigabytes=timing.peak_bytes / 1e9,
+                working_gigabytes=timing.peak_bytes / 1e9,
                 segment_tokens=model.segment_tokens,
             )
         for training in trainings.values():
@@ -228,7 +227,9 @@ class Bench:
             run()
             seconds, _ = self.clock.seconds(run)
         except failures() as error:
-            self.rows.add(**key, preset=preset, outcome=summary(error))
+            reason = summary(error)
+            self.rows.add(**key, preset=preset, outcome=reason)
+            self.clock.check_alive("resnet-bk", reason)
             return
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         self.rows.add(
@@ -261,19 +262,17 @@ class Bench:
                 try:
                     arms[arm] = self._decoder(arm, models, rows, prompt)
                 except failures() as error:
-                    arms[arm] = summary(error)
+                    arms[arm] = reason = summary(error)
+                    with self._noting_loss("decode", preset, rows, prompt):
+                        self.clock.check_alive(arm, reason)
                     release_memory()
             self._decode_at(preset, arms, rows, prompt)
 
     def _decode_at(self, preset: str, arms: dict[str, Run | str], rows: int, prompt: int) -> None:
         runs = {name: arm for name, arm in arms.items() if not isinstance(arm, str)}
         found: dict[str, Timing | str] = {name: arm for name, arm in arms.items() if isinstance(arm, str)}
-        try:
+        with self._noting_loss("decode", preset, rows, prompt):
             found |= self.clock.alternate(runs, seconds=1.0, most=15, run_ahead=0.0)
-        except DeviceLostError as lost:
-            reason = f"{lost.reason} (the device's context was lost)"
-            self.rows.add(**self._key("decode", lost.arm, rows, prompt), preset=preset, outcome=reason)
-            raise
         for name, timing in found.items():
             key = self._key("decode", name, rows, prompt)
             if isinstance(timing, str):
@@ -301,6 +300,8 @@ class Bench:
         model = models[kind]
         if kind == "resnet-bk":
             ids = torch.randint(model.config.vocab_size, (prompt,), device=self.device)
+            if arm.endswith("generate"):
+                return decoders.generation(model, rows, ids, self.plan.decode_steps)
             decoder = decoders.OwnDecoder(model, rows, ids)
         elif kind == "mamba-2":
             decoder = decoders.MambaDecoder(model, rows, getattr(torch, arm.split()[1]))
@@ -310,6 +311,16 @@ class Bench:
                 return f"not run: its cache would take {needed / 1e9:.0f} GB"
             decoder = decoders.TransformerDecoder(model, rows, prompt)
         return decoders.repeated(decoder, self.plan.decode_steps)
+
+    @contextmanager
+    def _noting_loss(self, part: str, preset: str, batch: int, time_: int) -> Iterator[None]:
+        """Write a row for the arm that breaks the device's context, so that it is not tried again."""
+        try:
+            yield
+        except DeviceLostError as lost:
+            reason = f"{lost.reason} (the device's context was lost)"
+            self.rows.add(**self._key(part, lost.arm, batch, time_), preset=preset, outcome=reason)
+            raise
 
     def _ratio(self, speed: float, *key: Any) -> float | None:
         """Speed over that of another row, if there is one."""

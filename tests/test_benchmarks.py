@@ -55,7 +55,7 @@ def test_model_speed_at_toy_size(tmp_path):
     rows = _toy("model_speed.py", tmp_path)
     speeds = {(r["part"], r["arm"]) for r in rows if r.get("tokens_per_second", 0) > 0}
     both = {(part, kind) for part in ("train tiny", "decode") for kind in ("resnet-bk", "transformer")}
-    assert speeds == both | {("memory tiny", "resnet-bk")}
+    assert speeds == both | {("memory tiny", "resnet-bk"), ("decode", "resnet-bk, generate")}
     assert len(_toy("model_speed.py", tmp_path)) == len(rows)
 
 
