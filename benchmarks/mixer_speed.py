@@ -133,7 +133,9 @@ def calls(core: peers.Core, leaves: list[list[Tensor]], cotangent: Tensor) -> di
     return {"forward": forward, "forward+backward": both}
 
 
-def operator_calls(function: Callable[..., Tensor], leaves: dict[str, Tensor], cotangent: Tensor) -> dict[str, Run]:
+def operator_calls(
+    function: Callable[..., tuple[Tensor, ...]], leaves: dict[str, Tensor], *cotangents: Tensor
+) -> dict[str, Run]:
     """Both passes of one operator with gradients for every operand."""
 
     def forward() -> None:
@@ -141,7 +143,7 @@ def operator_calls(function: Callable[..., Tensor], leaves: dict[str, Tensor], c
             function(**leaves)
 
     def both() -> None:
-        torch.autograd.grad(function(**leaves), list(leaves.values()), cotangent)
+        torch.autograd.grad(function(**leaves), list(leaves.values()), cotangents)
 
     return {"forward": forward, "forward+backward": both}
 
@@ -225,10 +227,11 @@ class Bench:
         )
         heads = (self.batch, self.time, sizes.heads)
         wide = torch.randn(2, *heads, device=self.device)
+        frequencies = rotary_frequencies(sizes.state, mixer.config.rotary_base, device=self.device)
 
         def gates(potential, absorption, source):
             found = mixer.gates(potential, absorption, source, None, None)[0]
-            return torch.stack((found.log_decay, found.source))
+            return found.log_decay, found.source
 
         def mixing(query, key, value, log_decay, source):
             return semiseparable_mix(
@@ -239,14 +242,14 @@ class Bench:
                 source=source,
                 query_bias=mixer.query_bias,
                 key_bias=mixer.key_bias,
-                frequencies=rotary_frequencies(sizes.state, mixer.config.rotary_base, device=self.device),
+                frequencies=frequencies,
                 skip=mixer.skip,
                 scale=sizes.state**-0.5,
                 norm_epsilon=mixer.config.norm_epsilon,
-            )[0]
+            )[:1]
 
         def norm(y, gate):
-            return gated_norm(y, gate, mixer.norm_weight, epsilon=mixer.config.norm_epsilon)
+            return (gated_norm(y, gate, mixer.norm_weight, epsilon=mixer.config.norm_epsilon),)
 
         # Bytes of one token: operands in two bytes, gates in four.
         gates_in, gates_out = 2 * 3 * sizes.heads, 4 * 2 * sizes.heads
@@ -261,7 +264,7 @@ class Bench:
             }
 
         operands: dict[str, Tensor] = dict(zip(("potential", "absorption", "source"), raw, strict=True))
-        yield "part: gates", Arm(operator_calls(gates, operands, wide), floors(gates_in, gates_out))
+        yield "part: gates", Arm(operator_calls(gates, operands, *wide), floors(gates_in, gates_out))
         decays = {"log_decay": -0.1 * torch.rand(heads, device=self.device), "source": wide[1].sigmoid()}
         decays = {name: leaf.requires_grad_() for name, leaf in decays.items()}
         value = x.detach().unflatten(-1, (sizes.heads, -1)).requires_grad_()
