@@ -139,7 +139,7 @@ def semiseparable_mix(
 def _mix_by_kernels(operands, initial: MixState | None, bounds: list[int] | None, rows: int, scale: float, epsilon):
     """`semiseparable_mix` by the Triton kernels; an absent initial state costs nothing."""
     query, _, value, *_ = operands
-    time, heads, channels = value.shape[1:]
+    time, heads = value.shape[1:3]
     memory = position = None
     if initial is not None:
         memory, position = _initial(initial, rows, heads, query.shape[-1], value, torch.float32)

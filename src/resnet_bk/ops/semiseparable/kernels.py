@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.ops.dispatch import verify_once
+from resnet_bk.ops.semiseparable.rotation import phase_table, rotate
 
 CHUNK = 64
 BLOCK_CHUNKS = 8
@@ -20,13 +21,13 @@ class Plan:
     """Chunks and segments of rows that lie one behind the other on one axis of tokens."""
 
     chunks: Tensor
-    """First token and one past the last of every chunk, int64 [chunks, 2]."""
+    """First token, one past the last, and the block of every chunk, int64 [chunks, 3]."""
+    blocks: Tensor
+    """First token and one past the last of every block of chunks, and the row it ends or -1, int64 [blocks, 3]."""
     segments: Tensor
     """One line a segment, int64; its columns are named in `triton.py`."""
     first_segment: Tensor
     """First segment of every row and one past the last, int64 [rows + 1]."""
-    kept: int
-    """Memories kept for the backward pass."""
 
     @property
     def rows(self) -> int:
@@ -40,7 +41,7 @@ class Plan:
 
 
 def make_plan(bounds: list[int], heads: int, programs: int, device: torch.device) -> Plan:
-    """Segments of at most so many chunks that `programs` of them times heads are in flight, but no shorter than a block.
+    """Segments such that about `programs` pairs of one and a head are in flight, but no shorter than a block.
 
     Args:
         bounds: first token of every row and one past the last.
@@ -62,15 +63,25 @@ def make_plan(bounds: list[int], heads: int, programs: int, device: torch.device
     place = torch.arange(row.numel()) - first_segment[row]
     begin = begins[row] + place * length * CHUNK
     end = torch.minimum(begin + length * CHUNK, ends[row])
-    blocks = -(-(end - begin) // (CHUNK * BLOCK_CHUNKS))
+    per_segment = -(-(end - begin) // (CHUNK * BLOCK_CHUNKS))
     segments = torch.stack(
-        (begin, end, row, begins[row], (place == 0).long(), (end == ends[row]).long(), blocks.cumsum(0) - blocks), 1
+        (begin, end, row, begins[row], place == 0, end == ends[row], per_segment.cumsum(0) - per_segment), 1
     )
-    owner = torch.repeat_interleave(torch.arange(len(begins)), counts)
-    start = begins[owner] + (torch.arange(owner.numel()) - (counts.cumsum(0) - counts)[owner]) * CHUNK
-    chunks = torch.stack((start, torch.minimum(start + CHUNK, ends[owner])), 1)
-    tables = (table.to(device, non_blocking=True) for table in (chunks, segments, first_segment))
-    return Plan(*tables, kept=int(blocks.sum()))
+    chunk_begin, chunk_row = _cut(begins, ends, CHUNK)
+    block_begin, block_row = _cut(begins, ends, CHUNK * BLOCK_CHUNKS)
+    chunk_end = torch.minimum(chunk_begin + CHUNK, ends[chunk_row])
+    block_end = torch.minimum(block_begin + CHUNK * BLOCK_CHUNKS, ends[block_row])
+    chunks = torch.stack((chunk_begin, chunk_end, torch.searchsorted(block_end, chunk_end)), 1)
+    blocks = torch.stack((block_begin, block_end, torch.where(block_end == ends[block_row], block_row, -1)), 1)
+    tables = (table.to(device, non_blocking=True) for table in (chunks, blocks, segments, first_segment))
+    return Plan(*tables)
+
+
+def _cut(begins: Tensor, ends: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First token and row of every piece of at most `length` tokens."""
+    counts = -(-(ends - begins) // length)
+    row = torch.repeat_interleave(torch.arange(len(begins)), counts)
+    return begins[row] + (torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]) * length, row
 
 
 @lru_cache(maxsize=64)
@@ -149,22 +160,21 @@ class Launch:
         )  # fmt: skip
 
     def _carry(self, boundary: Tensor | None, x: Tensor, *, reverse: bool) -> Tensor | None:
-        """Memory before (cotangent after) every segment [segments, heads, state, channels]; None is zero everywhere."""
+        """Memory before (cotangent after) every segment [segments, heads, channels, state]; None is zero everywhere."""
         plan, value = self.plan, self.value
         if boundary is None and not plan.split:
             return None
-        shape = (plan.segments.shape[0], self.heads, self.state, self.channels)
-        carried = value.new_empty(shape, dtype=torch.float32)
+        carried = self._memories(plan.segments.shape[0])
         contribution, total = carried, carried
         if plan.split:
             contribution = torch.empty_like(carried)
-            total = carried.new_empty(shape[:2])
+            total = carried.new_empty(carried.shape[:2])
             channels, table = (self.q, self.q_table) if reverse else (self.k, self.k_table)
-            self.kernels.contribute_kernel[(self.heads, shape[0])](
+            self.kernels.contribute_kernel[(self.heads, carried.shape[0])](
                 channels, table, x, self.running, _or(self.weight, self.running), _or(self.frequencies, value),
                 plan.segments, contribution, total, x.stride(0), self.tokens, self.heads,
                 REVERSE=reverse, **(self.mixing | {"SOURCE": self.mixing["SOURCE"] and not reverse}),
-                num_warps=4, num_stages=2,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
         lanes = min(16, self.channels)
         self.kernels.carry_kernel[(self.heads, plan.rows, self.channels // lanes)](
@@ -175,60 +185,64 @@ class Launch:
         )  # fmt: skip
         return carried
 
+    def _mix(self, x: Tensor, y: Tensor, start: Tensor | None, final: Tensor | None, kept: Tensor | None, **extra):
+        """One pass over all segments, forwards, or backwards if `extra` says so."""
+        plan, value = self.plan, self.value
+        reverse = extra.get("REVERSE", False)
+        empty = self.running
+        self.kernels.mix_kernel[(self.heads, plan.segments.shape[0])](
+            self.q, self.k, self.q_table, self.k_table, x, self.running, _or(self.weight, empty),
+            _or(self.frequencies, empty), _or(self.skip, empty), _or(self.position, plan.segments), plan.segments,
+            _or(start, empty), y, _or(final, empty), _or(kept, empty), extra.pop("output", value), value,
+            extra.pop("d_log", empty), extra.pop("d_weight", empty), extra.pop("d_skip", empty),
+            x.stride(0), y.stride(0), value.stride(0), self.tokens, self.heads,
+            BLOCK_CHUNKS=BLOCK_CHUNKS, SKIP=self.skip is not None, START=start is not None, KEEP=kept is not None,
+            FINAL=final is not None, STAGES=1, **self.mixing, **({"REVERSE": False} | extra),
+            num_warps=8 if reverse else 4,
+        )  # fmt: skip
+
     def forward(self, initial: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Output [tokens, heads, channels], final memory [rows, ...] and the kept memories (none unless `save`)."""
         plan, value = self.plan, self.value
         start = self._carry(initial, value, reverse=False)
         y = value.new_empty(self.tokens, self.heads, self.channels)
-        shape = (self.heads, self.state, self.channels)
-        final = value.new_empty(plan.rows, *shape, dtype=torch.float32)
-        kept = value.new_empty(plan.kept if save else 0, *shape, dtype=torch.float32)
-        self.kernels.forward_kernel[(self.heads, plan.segments.shape[0])](
-            self.q, self.k, self.q_table, self.k_table, value, self.running, _or(self.weight, self.running),
-            _or(self.frequencies, value), _or(self.skip, value), _or(self.position, plan.segments), plan.segments,
-            _or(start, final), y, final, kept, value.stride(0), self.tokens, self.heads,
-            BLOCK_CHUNKS=BLOCK_CHUNKS, SKIP=self.skip is not None, START=start is not None, KEEP=save, STAGES=2,
-            **self.mixing, num_warps=4,
-        )  # fmt: skip
+        final = value.new_empty(plan.rows, self.heads, self.state, self.channels, dtype=torch.float32)
+        kept = self._memories(plan.blocks.shape[0] if save else 0)
+        self._mix(value, y, start, final, kept if save else None)
         return y, final, kept
 
+    def _memories(self, count: int) -> Tensor:
+        """Uninitialised memories as the kernels keep them, value channels first."""
+        return self.value.new_empty(count, self.heads, self.channels, self.state, dtype=torch.float32)
+
     def backward(
-        self, kept: Tensor, grad_y: Tensor, grad_final: Tensor | None, need_initial: bool, out: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self, y: Tensor, final: Tensor, kept: Tensor, grad_y: Tensor, grad_final: Tensor | None, need_initial: bool,
+        out: dict[str, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Gradients by name; those of tokens are written into `out` [tokens, ...], whose rows may be strided."""
         plan, value = self.plan, self.value
+        wide = {"dtype": torch.float32, "device": value.device}
         grad_y = _flat(grad_y)
-        after = self._carry(grad_final, grad_y, reverse=True)
-        atomic = self.copies == 1 and not torch.are_deterministic_algorithms_enabled()
-        groups = 1 if atomic else self.heads
-        d_q, d_k = (
-            (torch.zeros if atomic else torch.empty)(
-                groups, self.tokens, self.state, dtype=torch.float32, device=value.device
-            )
-            for _ in range(2)
-        )
         d_log = torch.empty_like(self.running)
         d_weight = d_log if self.source is None else torch.empty_like(d_log)
-        segments = plan.segments.shape[0]
-        programs = (segments, self.heads)
-        scratch = value.new_empty(*programs, BLOCK_CHUNKS, self.state, self.channels)
-        wide = {"dtype": torch.float32, "device": value.device}
+        d_skip = torch.empty(plan.segments.shape[0], self.heads, **wide)
         d_initial = torch.empty(plan.rows if need_initial else 0, self.heads, self.state, self.channels, **wide)
-        d_q_bias, d_k_bias = (torch.empty(*programs, self.state if self.table else 0, **wide) for _ in range(2))
-        d_skip = torch.empty(*programs, **wide)
-        self.kernels.backward_kernel[(self.heads, segments)](
-            self.q, self.k, self.q_table, self.k_table, value, self.running, _or(self.weight, self.running),
-            _or(self.frequencies, value), _or(self.skip, value), _or(self.position, plan.segments), plan.segments,
-            kept, _or(after, d_skip), scratch, grad_y,
-            d_q, d_k, out["value"], d_log, d_weight, d_initial, d_q_bias, d_k_bias, d_skip,
-            value.stride(0), grad_y.stride(0), out["value"].stride(0), self.tokens, self.heads, self.scale,
-            BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, SKIP=self.skip is not None, AFTER=after is not None,
-            INITIAL=need_initial, STAGES=2, **self.mixing, num_warps=8,
+        blocks = plan.blocks.shape[0]
+        after = self._memories(blocks)
+        self._mix(
+            grad_y, out["value"], self._carry(grad_final, grad_y, reverse=True),
+            d_initial if need_initial else None, after,
+            output=y, d_log=d_log, d_weight=d_weight, d_skip=d_skip, REVERSE=True,
         )  # fmt: skip
-        if self.copies == 1 and not atomic:
-            d_q, d_k = d_q.sum(0, keepdim=True), d_k.sum(0, keepdim=True)
+        d_q, d_q_table = self._channels(self.k, self.k_table, grad_y, value, kept, reverse=False)
+        d_k, d_k_table = self._channels(self.q, self.q_table, value, grad_y, after, reverse=True)
+        anchor = torch.empty(blocks, self.heads, **wide)
+        self.kernels.anchor_kernel[(self.heads, blocks)](
+            kept, after, final, _or(grad_final, final).contiguous(), plan.blocks, anchor, self.heads,
+            SIZE=self.state * self.channels, BOUNDARY=grad_final is not None, num_warps=4,
+        )  # fmt: skip
         self.kernels.finish_kernel[(plan.chunks.shape[0],)](
-            self.query, self.key, d_q, d_k, d_log, d_weight, _or(self.frequencies, value), plan.chunks,
+            self.query, self.key, d_q, d_k, d_log, d_weight, anchor, _or(self.frequencies, value), plan.chunks,
             out["query"], out["key"], out["log_decay"], out.get("source", d_log),
             self.query.stride(0), self.key.stride(0), self.query.stride(1), self.key.stride(1),
             out["query"].stride(0), out["key"].stride(0), out["log_decay"].stride(0),
@@ -236,8 +250,37 @@ class Launch:
             self.tokens, self.scale, self.epsilon or 0.0, self.heads,
             HEADS=_power_of_two(self.heads), NORM=self.epsilon is not None, **self.flags, num_warps=8,
         )  # fmt: skip
-        biases = {"query_bias": d_q_bias.sum(0), "key_bias": d_k_bias.sum(0)} if self.table else {}
+        biases = {}
+        if self.table:
+            biases = {"query_bias": self._bias(d_q_table, self.scale), "key_bias": self._bias(d_k_table, 1.0)}
         return out | biases | {"skip": d_skip.sum(0), "initial": d_initial}
+
+    def _channels(self, channels, table, left, right, start, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """Gradient of queries or keys as prepared [copies, tokens, state], and of their turned biases."""
+        value, blocks = self.value, self.plan.blocks
+        atomic = self.copies == 1 and not torch.are_deterministic_algorithms_enabled()
+        make = torch.zeros if atomic else torch.empty
+        wide = {"dtype": torch.float32, "device": value.device}
+        gradient = make(1 if atomic else self.heads, self.tokens, self.state, **wide)
+        tables = (1 if atomic else blocks.shape[0]) if self.table else 0
+        d_table = make(tables, self.heads, CHUNK, self.state, **wide)
+        half = self.state // 2
+        lanes = min(32, half)
+        self.kernels.channel_kernel[(self.heads, blocks.shape[0], half // lanes)](
+            channels, table, left, right, self.running, _or(self.weight, self.running),
+            _or(self.frequencies, value), blocks, start, gradient, d_table,
+            left.stride(0), right.stride(0), self.tokens, self.heads,
+            L=lanes, BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, START=True, REVERSE=reverse, STAGES=1,
+            **self.mixing, num_warps=4,
+        )  # fmt: skip
+        return (gradient.sum(0, keepdim=True) if self.copies == 1 and not atomic else gradient), d_table.sum(0)
+
+    def _bias(self, d_table: Tensor, scale: float) -> Tensor:
+        """Gradient of a bias [heads, state] from that of its turned copies [heads, CHUNK, state]."""
+        if self.frequencies is not None:
+            cos, sin = phase_table(torch.arange(CHUNK, device=d_table.device), self.frequencies, torch.float32)
+            d_table = rotate(d_table, cos, -sin)
+        return d_table.sum(1) * scale
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -315,6 +358,8 @@ def semiseparable_triton_backward_op(
     initial: Tensor | None,
     position: Tensor | None,
     bounds: Tensor | None,
+    y: Tensor,
+    final: Tensor,
     kept: Tensor,
     grad_y: Tensor,
     grad_final: Tensor | None,
@@ -326,7 +371,8 @@ def semiseparable_triton_backward_op(
     launch = Launch(*operands, position, bounds, scale, epsilon)
     tokens = {"query": query, "key": key, "value": value, "log_decay": log_decay, "source": source}
     out = {name: x.new_empty(launch.tokens, *x.shape[2:]) for name, x in tokens.items() if x is not None}
-    grads = launch.backward(kept, grad_y, grad_final, initial is not None, out)
+    y = y.view(launch.tokens, *y.shape[2:])
+    grads = launch.backward(y, final, kept, grad_y, grad_final, initial is not None, out)
     heads = {"query_bias": query_bias, "key_bias": key_bias, "skip": skip, "initial": initial}
     return [
         value.new_empty(0) if like is None else grads[name].view(like.shape).to(like.dtype)
@@ -346,8 +392,8 @@ def _(query, key, value, log_decay, source, query_bias, key_bias, frequencies, s
 
 @semiseparable_triton_backward_op.register_fake
 def _(
-    query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, position, bounds, kept,
-    grad_y, grad_final, scale, epsilon,
+    query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, position, bounds, y, final,
+    kept, grad_y, grad_final, scale, epsilon,
 ):  # fmt: skip
     like = (query, key, value, log_decay, source, query_bias, key_bias, skip, initial)
     return [value.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
@@ -355,15 +401,15 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     *tensors, scale, epsilon, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.epsilon = scale, epsilon
 
 
 def _backward(ctx, grad_y, grad_final, _):
-    *tensors, kept = ctx.saved_tensors
+    *tensors, y, final, kept = ctx.saved_tensors
     grad_y = torch.zeros_like(tensors[2]) if grad_y is None else grad_y
-    grads = semiseparable_triton_backward_op(*tensors, kept, grad_y, grad_final, ctx.scale, ctx.epsilon)
+    grads = semiseparable_triton_backward_op(*tensors, y, final, kept, grad_y, grad_final, ctx.scale, ctx.epsilon)
     present = [*tensors[:7], tensors[8], tensors[9]]
     found = [grad if like is not None else None for grad, like in zip(grads, present, strict=True)]
     return (*found[:7], None, *found[7:], None, None, None, None, None)
@@ -413,7 +459,7 @@ def _errors(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | 
     y, final, kept = launch.forward(initial, True)
     tokens = {name: case[name] for name in ("query", "key", "value", "log_decay", "source") if case[name] is not None}
     out = {name: x.new_empty(time, *x.shape[2:]) for name, x in tokens.items()}
-    found = {"y": y, "memory": final} | launch.backward(kept, grad_y, grad_final, True, out)
+    found = {"y": y, "memory": final} | launch.backward(y, final, kept, grad_y, grad_final, True, out)
 
     leaves = {
         name: x.double().requires_grad_() for name, x in (case | {"initial": initial}).items()

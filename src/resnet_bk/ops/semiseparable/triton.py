@@ -39,18 +39,18 @@ def _turned(low, high, cos, sin):
 
 @triton.jit
 def _load_memory(memory, index, L: tl.constexpr, P: tl.constexpr):
-    """Both halves [L, P] of matrix `index` of `memory`, float32."""
-    offset = tl.arange(0, L)[:, None] * P + tl.arange(0, P)[None, :]
+    """Both halves [P, L] of matrix `index` of `memory`, which holds matrices [P, 2 L]."""
+    offset = tl.arange(0, P)[:, None] * (2 * L) + tl.arange(0, L)[None, :]
     base = memory + index.to(tl.int64) * (2 * L * P)
-    return tl.load(base + offset).to(tl.float32), tl.load(base + L * P + offset).to(tl.float32)
+    return tl.load(base + offset), tl.load(base + L + offset)
 
 
 @triton.jit
 def _store_memory(memory, index, low, high, L: tl.constexpr, P: tl.constexpr):
-    offset = tl.arange(0, L)[:, None] * P + tl.arange(0, P)[None, :]
+    offset = tl.arange(0, P)[:, None] * (2 * L) + tl.arange(0, L)[None, :]
     base = memory + index.to(tl.int64) * (2 * L * P)
-    tl.store(base + offset, low.to(memory.dtype.element_ty))
-    tl.store(base + L * P + offset, high.to(memory.dtype.element_ty))
+    tl.store(base + offset, low)
+    tl.store(base + L + offset, high)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def prepare_kernel(
     cos, sin = _phases(step[:, None], omega[None, :])
     program = tl.program_id(0)
     if program < num_chunks:
-        begin, end = tl.load(chunks + 2 * program), tl.load(chunks + 2 * program + 1)
+        begin, end = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1)
         rows = begin + step
         inside = rows < end
         for copy in range(COPIES):
@@ -160,13 +160,13 @@ def contribute_kernel(
     begin, end = tl.load(row + BEGIN), tl.load(row + END)
     if tl.load(row + (FIRST if REVERSE else LAST)) == 1:
         return  # nobody asks for it
-    low = tl.zeros((L, P), tl.float32)
-    high = tl.zeros((L, P), tl.float32)
+    low = tl.zeros((P, L), tl.float32)
+    high = tl.zeros((P, L), tl.float32)
     step = tl.arange(0, C)
     decayed = tl.zeros((), tl.float32)
     if ROTATE:
         cos, sin = _phases(tl.full((L,), C, tl.int32), tl.load(frequency + tl.arange(0, L)))
-        cos, sin = cos[:, None], sin[:, None]
+        cos, sin = cos[None, :], sin[None, :]
     if COPIES > 1:
         channels += head.to(tl.int64) * tokens * K
     table += head * C * K
@@ -192,8 +192,8 @@ def contribute_kernel(
                 weight *= tl.load(source + token + step, mask=inside, other=0.0)
         weighted = (value * weight[:, None]).to(a.dtype)
         decay = tl.exp2(last)
-        low = tl.dot(tl.trans(a), weighted, low * decay, input_precision=PRECISION)
-        high = tl.dot(tl.trans(b), weighted, high * decay, input_precision=PRECISION)
+        low = tl.dot(tl.trans(weighted), a, low * decay, input_precision=PRECISION)
+        high = tl.dot(tl.trans(weighted), b, high * decay, input_precision=PRECISION)
         if ROTATE and not REVERSE:
             low, high = _turned(low, high, cos, -sin)
         decayed += last
@@ -211,27 +211,28 @@ def carry_kernel(
     L: tl.constexpr = K // 2
     head, line = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(first_segment + line), tl.load(first_segment + line + 1)
-    offset = tl.arange(0, L)[:, None] * P + tl.program_id(2) * Q + tl.arange(0, Q)[None, :]
-    low = tl.zeros((L, Q), tl.float32)
-    high = tl.zeros((L, Q), tl.float32)
+    half, channel = tl.arange(0, L)[None, :], tl.program_id(2) * Q + tl.arange(0, Q)[:, None]
+    offset = channel * K + half
+    low = tl.zeros((Q, L), tl.float32)
+    high = tl.zeros((Q, L), tl.float32)
     if ROTATE:
         omega = tl.load(frequency + tl.arange(0, L))
     if BOUNDARY:
         base = boundary + (line * heads + head).to(tl.int64) * (K * P)
-        low += tl.load(base + offset)
-        high += tl.load(base + L * P + offset)
+        low += tl.load(base + half * P + channel)
+        high += tl.load(base + (L + half) * P + channel)
         if ROTATE:
             where = tl.load(position + line)
             if REVERSE:
                 row = segments + (stop - 1) * COLUMNS
                 where += tl.cdiv(tl.load(row + END) - tl.load(row + ROW_BEGIN), C) * C
             cos, sin = _phases(tl.zeros((L,), tl.int64) + where, omega)
-            low, high = _turned(low, high, cos[:, None], -sin[:, None])
+            low, high = _turned(low, high, cos[None, :], -sin[None, :])
     for i in range(0, (stop - start).to(tl.int32)):
         segment = stop - 1 - i if REVERSE else start + i
         place = (segment * heads + head).to(tl.int64) * (K * P)
         tl.store(carried + place + offset, low)
-        tl.store(carried + place + L * P + offset, high)
+        tl.store(carried + place + L + offset, high)
         if i + 1 < stop - start:
             row = segments + segment * COLUMNS
             decay = tl.exp2(tl.load(total + segment * heads + head))
@@ -239,21 +240,25 @@ def carry_kernel(
             if ROTATE:
                 length = tl.cdiv(tl.load(row + END) - tl.load(row + BEGIN), C) * C
                 cos, sin = _phases(tl.zeros((L,), tl.int64) + length, omega)
-                low, high = _turned(low, high, cos[:, None], (sin if REVERSE else -sin)[:, None])
+                low, high = _turned(low, high, cos[None, :], (sin if REVERSE else -sin)[None, :])
             low += tl.load(contribution + place + offset)
-            high += tl.load(contribution + place + L * P + offset)
+            high += tl.load(contribution + place + L + offset)
 
 
 @triton.jit
-def forward_kernel(
+def mix_kernel(
     query, key, query_table, key_table, x, running, source, frequency, skip, position, segments,
-    start, y, final, kept,
-    x_stride, tokens, heads,
+    start, y, final, kept, output, token, d_log, d_source, d_skip,
+    x_stride, y_stride, token_stride, tokens, heads,
     K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr,
     COPIES: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr, SKIP: tl.constexpr, START: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    KEEP: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one segment and head, the memory before every block of chunks and after the row."""
+    """One segment and head: outputs, and the memory before every block of chunks and after the row.
+
+    In reverse it is the gradient of the values: queries and keys change roles, `x` is the gradient of the outputs
+    and `token` holds the values, and time runs backwards; the gradients of the decays, sources and the skip come along.
+    """
     L: tl.constexpr = K // 2
     head, segment = tl.program_id(0), tl.program_id(1)
     row = segments + segment * COLUMNS
@@ -262,12 +267,12 @@ def forward_kernel(
     if START:
         low, high = _load_memory(start, segment * heads + head, L, P)
     else:
-        low = tl.zeros((L, P), tl.float32)
-        high = tl.zeros((L, P), tl.float32)
+        low = tl.zeros((P, L), tl.float32)
+        high = tl.zeros((P, L), tl.float32)
     if ROTATE:
         omega = tl.load(frequency + tl.arange(0, L))
         cos, sin = _phases(tl.full((L,), C, tl.int32), omega)
-        cos, sin = cos[:, None], sin[:, None]
+        cos, sin = cos[None, :], sin[None, :]
     if COPIES > 1:
         query += head.to(tl.int64) * tokens * K
         key += head.to(tl.int64) * tokens * K
@@ -279,233 +284,224 @@ def forward_kernel(
     y += head * P
     if SKIP:
         direct = tl.load(skip + head).to(tl.float32)
+    if REVERSE:
+        token += head * P
+        output += head * P
+        d_log += head.to(tl.int64) * tokens
+        d_source += head.to(tl.int64) * tokens
+        d_direct = tl.zeros((C,), tl.float32)
+        later = tl.zeros((), tl.float32)
     kept_index = tl.load(row + BLOCK) * heads + head
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    for chunk in tl.range(0, count, num_stages=STAGES):
+    for i in tl.range(0, count, num_stages=STAGES):
+        chunk = count - 1 - i if REVERSE else i
         if KEEP:
-            if chunk % BLOCK_CHUNKS == 0:
+            # Before a block going forward; after it, in the direction of time, going backwards.
+            if ((chunk + 1) % BLOCK_CHUNKS == 0 or i == 0) if REVERSE else (chunk % BLOCK_CHUNKS == 0):
                 _store_memory(kept, kept_index + chunk // BLOCK_CHUNKS * heads, low, high, L, P)
-        token = begin + chunk * C
-        size = tl.minimum(end - token, C).to(tl.int32)
+        first = begin + chunk * C
+        size = tl.minimum(end - first, C).to(tl.int32)
         inside = step < size
-        k1, k2 = _load_channels(key + token * K, key_table, inside, L, C, TABLE)
-        q1, q2 = _load_channels(query + token * K, query_table, inside, L, C, TABLE)
-        value = _load_tile(x, token, x_stride, inside, C, P)
-        log, last = _load_log(running, token, size, inside, C)
-        incoming = value.to(tl.float32)
-        if SOURCE:
-            incoming *= tl.load(source + token + step, mask=inside, other=0.0)[:, None]
-
-        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-        causal = (step[:, None] >= step[None, :]) & inside[:, None]
-        scores = tl.where(causal, scores * tl.exp2(log[:, None] - log[None, :]), 0.0).to(q1.dtype)
-        out = tl.dot(q1, low.to(q1.dtype), input_precision=PRECISION)
-        out = tl.dot(q2, high.to(q1.dtype), out, input_precision=PRECISION) * tl.exp2(log)[:, None]
-        out = tl.dot(scores, incoming.to(q1.dtype), out, input_precision=PRECISION)
-        if SKIP:
-            out += direct * value.to(tl.float32)
-        place = step[:, None] * (heads * P) + channel[None, :]
-        tl.store(y + token * (heads * P) + place, out.to(y.dtype.element_ty), mask=inside[:, None])
-
-        fading = (incoming * tl.exp2(last - log)[:, None]).to(q1.dtype)
-        decay = tl.exp2(last)
-        low = tl.dot(tl.trans(k1), fading, low * decay, input_precision=PRECISION)
-        high = tl.dot(tl.trans(k2), fading, high * decay, input_precision=PRECISION)
-        if ROTATE:
-            low, high = _turned(low, high, cos, -sin)
-    if tl.load(row + LAST) == 1:
-        line = tl.load(row + ROW)
-        if ROTATE:
-            where = tl.load(position + line) + tl.cdiv(end - tl.load(row + ROW_BEGIN), C) * C
-            c, s = _phases(tl.zeros((L,), tl.int64) + where, omega)
-            low, high = _turned(low, high, c[:, None], s[:, None])
-        _store_memory(final, line * heads + head, low, high, L, P)
+        k1, k2 = _load_channels(key + first * K, key_table, inside, L, C, TABLE)
+        q1, q2 = _load_channels(query + first * K, query_table, inside, L, C, TABLE)
+        log, last = _load_log(running, first, size, inside, C)
+        value = _load_tile(x, first, x_stride, inside, C, P)
+        if REVERSE:
+            if ROTATE:
+                low, high = _turned(low, high, cos, sin)
+            scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
+            scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
+            causal = (step[:, None] <= step[None, :]) & inside[:, None]
+            scores = tl.where(causal, scores * tl.exp2(log[None, :] - log[:, None]), 0.0).to(q1.dtype)
+            out = tl.dot(k1, tl.trans(low.to(q1.dtype)), input_precision=PRECISION)
+            out = tl.dot(k2, tl.trans(high.to(q1.dtype)), out, input_precision=PRECISION)
+            out = tl.dot(scores, value, out * tl.exp2(last - log)[:, None], input_precision=PRECISION)
+            weighted = (value * tl.exp2(log)[:, None]).to(q1.dtype)
+            decay = tl.exp2(last)
+            low = tl.dot(tl.trans(weighted), q1, low * decay, input_precision=PRECISION)
+            high = tl.dot(tl.trans(weighted), q2, high * decay, input_precision=PRECISION)
+            mine = _load_tile(token, first, token_stride, inside, C, P).to(tl.float32)
+            grad = value.to(tl.float32)
+            written = tl.sum(mine * out, 1)
+            theirs = _load_tile(output, first, heads * P, inside, C, P).to(tl.float32)
+            read = tl.sum(grad * theirs, 1)
+            if SOURCE:
+                weight = tl.load(source + first + step, mask=inside, other=0.0)
+                tl.store(d_source + first + step, written, mask=inside)
+                written *= weight
+                out *= weight[:, None]
+            if SKIP:
+                met = tl.sum(grad * mine, 1)
+                d_direct += met
+                read -= direct * met
+                out += direct * grad
+            # The sum over later chunks of the block goes to the last token, whence the running sum spreads it.
+            if (chunk + 1) % BLOCK_CHUNKS == 0:
+                later = 0.0
+            change = read - written
+            tl.store(d_log + first + step, change + tl.where(step == size - 1, later, 0.0), mask=inside)
+            later += tl.sum(change, 0)
+        else:
+            incoming = value.to(tl.float32)
+            if SOURCE:
+                incoming *= tl.load(source + first + step, mask=inside, other=0.0)[:, None]
+            scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
+            causal = (step[:, None] >= step[None, :]) & inside[:, None]
+            scores = tl.where(causal, scores * tl.exp2(log[:, None] - log[None, :]), 0.0).to(q1.dtype)
+            out = tl.dot(q1, tl.trans(low.to(q1.dtype)), input_precision=PRECISION)
+            out = tl.dot(q2, tl.trans(high.to(q1.dtype)), out, input_precision=PRECISION)
+            out = tl.dot(scores, incoming.to(q1.dtype), out * tl.exp2(log)[:, None], input_precision=PRECISION)
+            weighted = (incoming * tl.exp2(last - log)[:, None]).to(q1.dtype)
+            decay = tl.exp2(last)
+            low = tl.dot(tl.trans(weighted), k1, low * decay, input_precision=PRECISION)
+            high = tl.dot(tl.trans(weighted), k2, high * decay, input_precision=PRECISION)
+            if ROTATE:
+                low, high = _turned(low, high, cos, -sin)
+            if SKIP:
+                out += direct * value.to(tl.float32)
+        place = step[:, None] * y_stride + channel[None, :]
+        tl.store(y + first * y_stride + place, out.to(y.dtype.element_ty), mask=inside[:, None])
+    if FINAL:
+        if tl.load(row + (FIRST if REVERSE else LAST)) == 1:
+            line = tl.load(row + ROW)
+            if ROTATE:
+                where = tl.load(position + line)
+                if not REVERSE:
+                    where += tl.cdiv(end - tl.load(row + ROW_BEGIN), C) * C
+                c, s = _phases(tl.zeros((L,), tl.int64) + where, omega)
+                low, high = _turned(low, high, c[None, :], s[None, :])
+            base = final + (line * heads + head).to(tl.int64) * (K * P)
+            place = tl.arange(0, L)[None, :] * P + channel[:, None]
+            tl.store(base + place, low)
+            tl.store(base + L * P + place, high)
+    if REVERSE and SKIP:
+        tl.store(d_skip + segment * heads + head, tl.sum(d_direct, 0))
 
 
 @triton.jit
-def backward_kernel(
-    query, key, query_table, key_table, x, running, source, frequency, skip, position, segments,
-    kept, after, scratch, grad_y,
-    d_query, d_key, d_x, d_log, d_source, d_initial, d_query_bias, d_key_bias, d_skip,
-    x_stride, grad_stride, d_x_stride, tokens, heads, scale,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr,
-    COPIES: tl.constexpr, ATOMIC: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr, SKIP: tl.constexpr,
-    AFTER: tl.constexpr, INITIAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+def channel_kernel(
+    channels, table, left, right, running, source, frequency, blocks, start, gradient, d_table,
+    left_stride, right_stride, tokens, heads,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    TABLE: tl.constexpr, COPIES: tl.constexpr, ATOMIC: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr,
+    START: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one segment and head, last block of chunks first: memories again, then cotangents backwards."""
-    L: tl.constexpr = K // 2
-    head, segment = tl.program_id(0), tl.program_id(1)
-    row = segments + segment * COLUMNS
-    begin, end = tl.load(row + BEGIN), tl.load(row + END)
-    step, half, channel = tl.arange(0, C), tl.arange(0, L), tl.arange(0, P)
-    program = segment * heads + head
-    if AFTER:
-        d_low, d_high = _load_memory(after, program, L, P)
+    """Gradients of queries (of keys, in reverse) of one block of chunks and head, 2 L of the K channels.
+
+    Queries: `left` is the gradient of the outputs, `right` the values and `channels` the keys. In reverse: `left` the
+    values, `right` the gradient of the outputs and `channels` the queries.
+    """
+    head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin, end = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1)
+    step, half, channel = tl.arange(0, C), part * L + tl.arange(0, L), tl.arange(0, P)
+    HALF: tl.constexpr = K // 2
+    if START:
+        place = channel[:, None] * K + half[None, :]
+        base = start + (block * heads + head).to(tl.int64) * (K * P)
+        low, high = tl.load(base + place), tl.load(base + HALF + place)
     else:
-        d_low = tl.zeros((L, P), tl.float32)
-        d_high = tl.zeros((L, P), tl.float32)
+        low = tl.zeros((P, L), tl.float32)
+        high = tl.zeros((P, L), tl.float32)
     if ROTATE:
-        omega = tl.load(frequency + half)
-        cos, sin = _phases(tl.full((L,), C, tl.int32), omega)
-        cos, sin = cos[:, None], sin[:, None]
+        cos, sin = _phases(tl.full((L,), C, tl.int32), tl.load(frequency + half))
+        cos, sin = cos[None, :], sin[None, :]
     if COPIES > 1:
-        query += head.to(tl.int64) * tokens * K
-        key += head.to(tl.int64) * tokens * K
+        channels += head.to(tl.int64) * tokens * K
     if not ATOMIC:
-        d_query += head.to(tl.int64) * tokens * K
-        d_key += head.to(tl.int64) * tokens * K
-    query_table += head * C * K
-    key_table += head * C * K
+        gradient += head.to(tl.int64) * tokens * K
+    table += head * C * K
     running += head.to(tl.int64) * tokens
     source += head.to(tl.int64) * tokens
-    d_log += head.to(tl.int64) * tokens
-    d_source += head.to(tl.int64) * tokens
-    x += head * P
-    d_x += head * P
-    grad_y += head * P
-    if SKIP:
-        direct = tl.load(skip + head).to(tl.float32)
-        d_direct = tl.zeros((C,), tl.float32)
+    left += head * P
+    right += head * P
+    place = step[:, None] * K + half[None, :]
     if TABLE:
-        dq_low = tl.zeros((C, L), tl.float32)
-        dq_high = tl.zeros((C, L), tl.float32)
-        dk_low = tl.zeros((C, L), tl.float32)
-        dk_high = tl.zeros((C, L), tl.float32)
-    kept_index = tl.load(row + BLOCK) * heads + head
+        table_low = tl.zeros((C, L), tl.float32)
+        table_high = tl.zeros((C, L), tl.float32)
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    blocks = tl.cdiv(count, BLOCK_CHUNKS)
-    for b in range(0, blocks):
-        block = blocks - 1 - b
-        first = block * BLOCK_CHUNKS
-        chunks = tl.minimum(BLOCK_CHUNKS, count - first)
-        low, high = _load_memory(kept, kept_index + block * heads, L, P)
-        tl.debug_barrier()  # the block before has been read
-        for i in tl.range(0, chunks, num_stages=STAGES):
-            _store_memory(scratch, program * BLOCK_CHUNKS + i, low, high, L, P)
-            token = begin + (first + i) * C
-            size = tl.minimum(end - token, C).to(tl.int32)
-            inside = step < size
-            k1, k2 = _load_channels(key + token * K, key_table, inside, L, C, TABLE)
-            value = _load_tile(x, token, x_stride, inside, C, P)
-            log, last = _load_log(running, token, size, inside, C)
-            weight = tl.exp2(last - log)
-            if SOURCE:
-                weight *= tl.load(source + token + step, mask=inside, other=0.0)
-            fading = (value * weight[:, None]).to(k1.dtype)
-            decay = tl.exp2(last)
-            low = tl.dot(tl.trans(k1), fading, low * decay, input_precision=PRECISION)
-            high = tl.dot(tl.trans(k2), fading, high * decay, input_precision=PRECISION)
+    for i in tl.range(0, count, num_stages=STAGES):
+        chunk = count - 1 - i if REVERSE else i
+        first = begin + chunk * C
+        size = tl.minimum(end - first, C).to(tl.int32)
+        inside = step < size
+        c1 = tl.load(channels + first * K + place, mask=inside[:, None], other=0.0)
+        c2 = tl.load(channels + first * K + HALF + place, mask=inside[:, None], other=0.0)
+        if TABLE:
+            c1 += tl.load(table + place)
+            c2 += tl.load(table + HALF + place)
+        log, last = _load_log(running, first, size, inside, C)
+        a = _load_tile(left, first, left_stride, inside, C, P)
+        b = _load_tile(right, first, right_stride, inside, C, P)
+        if SOURCE:
+            weight = tl.load(source + first + step, mask=inside, other=0.0)
+        if REVERSE:
             if ROTATE:
-                low, high = _turned(low, high, cos, -sin)
-        # memory . cotangent after the block: what every log decay before it sees of all that follows.
-        through = tl.sum(tl.sum(low * d_low + high * d_high, 1), 0)
-        tl.debug_barrier()  # every memory is in place
-        for i in tl.range(0, chunks, num_stages=STAGES):
-            chunk = chunks - 1 - i
-            token = begin + (first + chunk) * C
-            size = tl.minimum(end - token, C).to(tl.int32)
-            inside = step < size
-            q1, q2 = _load_channels(query + token * K, query_table, inside, L, C, TABLE)
-            k1, k2 = _load_channels(key + token * K, key_table, inside, L, C, TABLE)
-            dtype = q1.dtype
-            value = _load_tile(x, token, x_stride, inside, C, P)
-            grad = _load_tile(grad_y, token, grad_stride, inside, C, P)
-            log, last = _load_log(running, token, size, inside, C)
-            memory = scratch + (program * BLOCK_CHUNKS + chunk).to(tl.int64) * (K * P)
-            place = half[:, None] * P + channel[None, :]
-            m1 = tl.load(memory + place)
-            m2 = tl.load(memory + L * P + place)
-            if ROTATE:
-                d_low, d_high = _turned(d_low, d_high, cos, sin)
-            incoming = value.to(tl.float32)
+                low, high = _turned(low, high, cos, sin)
             if SOURCE:
-                weight = tl.load(source + token + step, mask=inside, other=0.0)
-                incoming *= weight[:, None]
-            to_end = tl.exp2(last - log)
-            fading = (incoming * to_end[:, None]).to(dtype)
-            from_start = (grad * tl.exp2(log)[:, None]).to(dtype)
+                a = (a * weight[:, None]).to(c1.dtype)
+            scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+            causal = (step[:, None] <= step[None, :]) & inside[:, None]
+            scores = tl.where(causal, scores * tl.exp2(log[None, :] - log[:, None]), 0.0).to(c1.dtype)
+            reach = (a * tl.exp2(last - log)[:, None]).to(c1.dtype)
+            carry = (b * tl.exp2(log)[:, None]).to(c1.dtype)
+        else:
+            if SOURCE:
+                b = (b * weight[:, None]).to(c1.dtype)
+            scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
             causal = (step[:, None] >= step[None, :]) & inside[:, None]
-            decay = tl.where(causal, tl.exp2(log[:, None] - log[None, :]), 0.0)
-            d_scores = tl.dot(grad, tl.trans(incoming.to(dtype)), input_precision=PRECISION)
-            d_scores = (d_scores * decay).to(dtype)
-
-            dq1 = tl.dot(d_scores, k1, input_precision=PRECISION)
-            dq1 = tl.dot(from_start, tl.trans(m1), dq1, input_precision=PRECISION)
-            dq2 = tl.dot(d_scores, k2, input_precision=PRECISION)
-            dq2 = tl.dot(from_start, tl.trans(m2), dq2, input_precision=PRECISION)
-            read = tl.sum(q1.to(tl.float32) * dq1 + q2.to(tl.float32) * dq2, 1)
-            target = token * K + (step[:, None] * K + half[None, :])
-            if ATOMIC:
-                tl.atomic_add(d_query + target, dq1, mask=inside[:, None], sem="relaxed")
-                tl.atomic_add(d_query + target + L, dq2, mask=inside[:, None], sem="relaxed")
-            else:
-                tl.store(d_query + target, dq1, mask=inside[:, None])
-                tl.store(d_query + target + L, dq2, mask=inside[:, None])
-
-            dk1 = tl.dot(tl.trans(d_scores), q1, input_precision=PRECISION)
-            dk1 = tl.dot(fading, tl.trans(d_low.to(dtype)), dk1, input_precision=PRECISION)
-            dk2 = tl.dot(tl.trans(d_scores), q2, input_precision=PRECISION)
-            dk2 = tl.dot(fading, tl.trans(d_high.to(dtype)), dk2, input_precision=PRECISION)
-            if ATOMIC:
-                tl.atomic_add(d_key + target, dk1, mask=inside[:, None], sem="relaxed")
-                tl.atomic_add(d_key + target + L, dk2, mask=inside[:, None], sem="relaxed")
-            else:
-                tl.store(d_key + target, dk1, mask=inside[:, None])
-                tl.store(d_key + target + L, dk2, mask=inside[:, None])
-            if TABLE:
-                dq_low += dq1
-                dq_high += dq2
-                dk_low += dk1
-                dk_high += dk2
-
-            scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-            scores = (scores * decay).to(dtype)
-            d_incoming = tl.dot(k1, d_low.to(dtype), input_precision=PRECISION)
-            d_incoming = tl.dot(k2, d_high.to(dtype), d_incoming, input_precision=PRECISION) * to_end[:, None]
-            d_incoming = tl.dot(tl.trans(scores), grad, d_incoming, input_precision=PRECISION)
-            written = tl.sum(value.to(tl.float32) * d_incoming, 1)
-            if SOURCE:
-                tl.store(d_source + token + step, written, mask=inside)
-                written *= weight
-                d_incoming *= weight[:, None]
-            if SKIP:
-                wide = grad.to(tl.float32)
-                d_direct += tl.sum(wide * value.to(tl.float32), 1)
-                d_incoming += direct * wide
-            place = step[:, None] * d_x_stride + channel[None, :]
-            tl.store(d_x + token * d_x_stride + place, d_incoming.to(d_x.dtype.element_ty), mask=inside[:, None])
-            d_total = read - written + tl.where(step == size - 1, through, 0.0)
-            tl.store(d_log + token + step, d_total, mask=inside)
-
-            total = tl.exp2(last)
-            d_low = tl.dot(tl.trans(q1), from_start, d_low * total, input_precision=PRECISION)
-            d_high = tl.dot(tl.trans(q2), from_start, d_high * total, input_precision=PRECISION)
-            through = tl.sum(tl.sum(m1.to(tl.float32) * d_low + m2.to(tl.float32) * d_high, 1), 0)
-    if INITIAL:
-        if tl.load(row + FIRST) == 1:
-            line = tl.load(row + ROW)
-            if ROTATE:
-                c, s = _phases(tl.zeros((L,), tl.int64) + tl.load(position + line), omega)
-                d_low, d_high = _turned(d_low, d_high, c[:, None], s[:, None])
-            _store_memory(d_initial, line * heads + head, d_low, d_high, L, P)
-    if SKIP:
-        tl.store(d_skip + program, tl.sum(d_direct, 0))
+            scores = tl.where(causal, scores * tl.exp2(log[:, None] - log[None, :]), 0.0).to(c1.dtype)
+            reach = (a * tl.exp2(log)[:, None]).to(c1.dtype)
+            carry = (b * tl.exp2(last - log)[:, None]).to(c1.dtype)
+        d1 = tl.dot(reach, low.to(c1.dtype), input_precision=PRECISION)
+        d1 = tl.dot(scores, c1, d1, input_precision=PRECISION)
+        d2 = tl.dot(reach, high.to(c1.dtype), input_precision=PRECISION)
+        d2 = tl.dot(scores, c2, d2, input_precision=PRECISION)
+        if ATOMIC:
+            tl.atomic_add(gradient + first * K + place, d1, mask=inside[:, None], sem="relaxed")
+            tl.atomic_add(gradient + first * K + HALF + place, d2, mask=inside[:, None], sem="relaxed")
+        else:
+            tl.store(gradient + first * K + place, d1, mask=inside[:, None])
+            tl.store(gradient + first * K + HALF + place, d2, mask=inside[:, None])
+        if TABLE:
+            table_low += d1
+            table_high += d2
+        decay = tl.exp2(last)
+        low = tl.dot(tl.trans(carry), c1, low * decay, input_precision=PRECISION)
+        high = tl.dot(tl.trans(carry), c2, high * decay, input_precision=PRECISION)
+        if ROTATE and not REVERSE:
+            low, high = _turned(low, high, cos, -sin)
     if TABLE:
-        if ROTATE:
-            c, s = _phases(step[:, None], tl.load(frequency + half)[None, :])
-            dq_low, dq_high = _turned(dq_low, dq_high, c, -s)
-            dk_low, dk_high = _turned(dk_low, dk_high, c, -s)
-        tl.store(d_query_bias + program * K + half, tl.sum(dq_low, 0) * scale)
-        tl.store(d_query_bias + program * K + L + half, tl.sum(dq_high, 0) * scale)
-        tl.store(d_key_bias + program * K + half, tl.sum(dk_low, 0))
-        tl.store(d_key_bias + program * K + L + half, tl.sum(dk_high, 0))
+        if ATOMIC:
+            tl.atomic_add(d_table + head * C * K + place, table_low, sem="relaxed")
+            tl.atomic_add(d_table + head * C * K + HALF + place, table_high, sem="relaxed")
+        else:
+            base = d_table + (block * heads + head).to(tl.int64) * (C * K)
+            tl.store(base + place, table_low)
+            tl.store(base + HALF + place, table_high)
+
+
+@triton.jit
+def anchor_kernel(kept, after, final, d_final, blocks, anchor, heads, SIZE: tl.constexpr, BOUNDARY: tl.constexpr):
+    """Memory . cotangent at the end of every block and head: all that a decay before it sees of what follows."""
+    head, block = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, SIZE)
+    index = (block * heads + head).to(tl.int64)
+    if tl.load(blocks + 3 * block + 2) >= 0:
+        # The last block of a row: turning both by one angle does not change the product.
+        met = 0.0
+        if BOUNDARY:
+            line = (tl.load(blocks + 3 * block + 2) * heads + head).to(tl.int64) * SIZE
+            met = tl.sum(tl.load(final + line + place) * tl.load(d_final + line + place), 0)
+    else:
+        memory = tl.load(kept + (index + heads) * SIZE + place)
+        met = tl.sum(memory * tl.load(after + index * SIZE + place), 0)
+    tl.store(anchor + index, met)
 
 
 @triton.jit
 def finish_kernel(
-    query, key, d_query, d_key, d_log, d_source, frequency, chunks,
+    query, key, d_query, d_key, d_log, d_source, anchor, frequency, chunks,
     query_out, key_out, decay_out, source_out,
     query_stride, key_stride, query_head_stride, key_head_stride,
     query_out_stride, key_out_stride, decay_stride, source_stride,
@@ -518,7 +514,7 @@ def finish_kernel(
     step = tl.arange(0, C)
     channel = tl.arange(0, L)
     program = tl.program_id(0)
-    begin, end = tl.load(chunks + 2 * program), tl.load(chunks + 2 * program + 1)
+    begin, end = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1)
     rows = begin + step
     inside = rows < end
     if ROTATE:
@@ -553,6 +549,8 @@ def finish_kernel(
     valid = inside[:, None] & (head < heads)[None, :]
     place = head[None, :].to(tl.int64) * tokens + rows[:, None]
     running = tl.cumsum(tl.load(d_log + place, mask=valid, other=0.0), 0, reverse=True)
+    later = anchor + tl.load(chunks + 3 * program + 2) * heads + head
+    running += tl.load(later, mask=head < heads, other=0.0)[None, :]
     tl.store(
         decay_out + rows[:, None] * decay_stride + head[None, :], running.to(decay_out.dtype.element_ty), mask=valid
     )
