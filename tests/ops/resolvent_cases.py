@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from resnet_bk.ops.resolvent import GreenState
@@ -45,3 +47,12 @@ def gradients(outputs, inputs):
     generator = torch.Generator().manual_seed(7)
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in outputs)
     return torch.autograd.grad(loss, inputs)
+
+
+def shrink_programs(monkeypatch):
+    """Sizes for the interpreter: few, wide and short programs, and several slots a group of the carry."""
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        from resnet_bk.ops.resolvent import launch
+
+        for name, size in {"_LANES": 64, "_GROUPS": 4, "_GROUP_HEADS": 4, "_CHUNKS": (8, 16)}.items():
+            monkeypatch.setattr(launch, name, size)
