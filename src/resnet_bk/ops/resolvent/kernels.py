@@ -99,7 +99,8 @@ def causal_resolvent_adjoint_op(
 
 
 def _layout(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Layout:
-    return Layout(x.shape[0], x.shape[1], rows, cu_seqlens)
+    bounds = None if cu_seqlens is None else cu_seqlens.to(x.device).contiguous()
+    return Layout(x.shape[0], x.shape[1], rows, bounds)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -166,4 +166,4 @@ def adjoint(
             carried = layout.carry(passes.adjoint_carry_kernel, maps, 2)
         operands = medium.arguments("detuning", "absorption", "source", "scale", "source_bias")
         passes.adjoint_apply_kernel[layout.grid](*raw, sums, *first, carried, *given, **operands, **place)
-    return (*raw, sums.sum(0), *first)
+    return (*raw, sums.sum(0, dtype=torch.float64).float(), *first)
