@@ -245,7 +245,7 @@ class Mixer(nn.Module):
         Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
-        if config.dynamics == "exact" and config.kernel == "flux" and not config.phase_coupling:
+        if self.fused_step:
             initial = None if state is None else state.green
             if initial is None and config.boundary == "wall":
                 wall = torch.zeros_like(self.energy, dtype=torch.float32)
