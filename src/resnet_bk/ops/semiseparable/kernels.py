@@ -21,7 +21,7 @@ class Plan:
     """Chunks and segments of rows that lie one behind the other on one axis of tokens."""
 
     chunks: Tensor
-    """First token, one past the last, and the block of every chunk, int64 [chunks, 3]."""
+    """First token and one past the last of every chunk, int64 [chunks, 2]."""
     blocks: Tensor
     """First token and one past the last of every block of chunks, and the row it ends or -1, int64 [blocks, 3]."""
     segments: Tensor
@@ -69,9 +69,8 @@ def make_plan(bounds: list[int], heads: int, programs: int, device: torch.device
     )
     chunk_begin, chunk_row = _cut(begins, ends, CHUNK)
     block_begin, block_row = _cut(begins, ends, CHUNK * BLOCK_CHUNKS)
-    chunk_end = torch.minimum(chunk_begin + CHUNK, ends[chunk_row])
     block_end = torch.minimum(block_begin + CHUNK * BLOCK_CHUNKS, ends[block_row])
-    chunks = torch.stack((chunk_begin, chunk_end, torch.searchsorted(block_end, chunk_end)), 1)
+    chunks = torch.stack((chunk_begin, torch.minimum(chunk_begin + CHUNK, ends[chunk_row])), 1)
     blocks = torch.stack((block_begin, block_end, torch.where(block_end == ends[block_row], block_row, -1)), 1)
     tables = (table.to(device, non_blocking=True) for table in (chunks, blocks, segments, first_segment))
     return Plan(*tables)
@@ -135,6 +134,9 @@ class Launch:
         }
         self.mixing = self.flags | {
             "P": channels,
+            # Triton 3.6 miscompiles narrower tiles on Hopper.
+            "L": max(64, self.state // 2),
+            "Q": max(64, channels),
             "TABLE": self.table,
             # Plain float32 products would leave the tensor cores; three TF32 products are as exact.
             "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
@@ -185,20 +187,17 @@ class Launch:
         )  # fmt: skip
         return carried
 
-    def _mix(self, x: Tensor, y: Tensor, start: Tensor | None, final: Tensor | None, kept: Tensor | None, **extra):
-        """One pass over all segments, forwards, or backwards if `extra` says so."""
-        plan, value = self.plan, self.value
-        reverse = extra.get("REVERSE", False)
-        empty = self.running
+    def _mix(self, x: Tensor, y: Tensor, start: Tensor | None, final: Tensor | None, kept: Tensor | None, written=None):
+        """One pass over all segments: forwards, or backwards with what every token wrote in `written`."""
+        plan, value, empty = self.plan, self.value, self.running
+        reverse = written is not None
         self.kernels.mix_kernel[(self.heads, plan.segments.shape[0])](
             self.q, self.k, self.q_table, self.k_table, x, self.running, _or(self.weight, empty),
             _or(self.frequencies, empty), _or(self.skip, empty), _or(self.position, plan.segments), plan.segments,
-            _or(start, empty), y, _or(final, empty), _or(kept, empty), extra.pop("output", value), value,
-            extra.pop("d_log", empty), extra.pop("d_weight", empty), extra.pop("d_skip", empty),
+            _or(start, empty), y, _or(final, empty), _or(kept, empty), value, _or(written, empty),
             x.stride(0), y.stride(0), value.stride(0), self.tokens, self.heads,
             BLOCK_CHUNKS=BLOCK_CHUNKS, SKIP=self.skip is not None, START=start is not None, KEEP=kept is not None,
-            FINAL=final is not None, STAGES=1, **self.mixing, **({"REVERSE": False} | extra),
-            num_warps=8 if reverse else 4,
+            REVERSE=reverse, FINAL=final is not None, **self.mixing, num_warps=4, num_stages=1,
         )  # fmt: skip
 
     def forward(self, initial: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,40 +222,41 @@ class Launch:
         plan, value = self.plan, self.value
         wide = {"dtype": torch.float32, "device": value.device}
         grad_y = _flat(grad_y)
-        d_log = torch.empty_like(self.running)
-        d_weight = d_log if self.source is None else torch.empty_like(d_log)
-        d_skip = torch.empty(plan.segments.shape[0], self.heads, **wide)
-        d_initial = torch.empty(plan.rows if need_initial else 0, self.heads, self.state, self.channels, **wide)
         blocks = plan.blocks.shape[0]
         after = self._memories(blocks)
-        self._mix(
-            grad_y, out["value"], self._carry(grad_final, grad_y, reverse=True),
-            d_initial if need_initial else None, after,
-            output=y, d_log=d_log, d_weight=d_weight, d_skip=d_skip, REVERSE=True,
-        )  # fmt: skip
-        d_q, d_q_table = self._channels(self.k, self.k_table, grad_y, value, kept, reverse=False)
-        d_k, d_k_table = self._channels(self.q, self.q_table, value, grad_y, after, reverse=True)
+        d_initial = torch.empty(plan.rows if need_initial else 0, self.heads, self.state, self.channels, **wide)
+        read, written, met = (torch.empty_like(self.running) for _ in range(3))
+        incoming = self._carry(grad_final, grad_y, reverse=True)
+        self._mix(grad_y, out["value"], incoming, d_initial if need_initial else None, after, written)
+        read_into = {"output": y, "read": read, "met": met}
+        d_q, d_q_table = self._channels(self.k, self.k_table, grad_y, value, kept, **read_into)
+        d_k, d_k_table = self._channels(self.q, self.q_table, value, grad_y, after)
         anchor = torch.empty(blocks, self.heads, **wide)
         self.kernels.anchor_kernel[(self.heads, blocks)](
             kept, after, final, _or(grad_final, final).contiguous(), plan.blocks, anchor, self.heads,
             SIZE=self.state * self.channels, BOUNDARY=grad_final is not None, num_warps=4,
         )  # fmt: skip
-        self.kernels.finish_kernel[(plan.chunks.shape[0],)](
-            self.query, self.key, d_q, d_k, d_log, d_weight, anchor, _or(self.frequencies, value), plan.chunks,
-            out["query"], out["key"], out["log_decay"], out.get("source", d_log),
-            self.query.stride(0), self.key.stride(0), self.query.stride(1), self.key.stride(1),
-            out["query"].stride(0), out["key"].stride(0), out["log_decay"].stride(0),
-            out["source"].stride(0) if "source" in out else 0,
-            self.tokens, self.scale, self.epsilon or 0.0, self.heads,
-            HEADS=_power_of_two(self.heads), NORM=self.epsilon is not None, **self.flags, num_warps=8,
+        self.kernels.finish_gates_kernel[(blocks,)](
+            read, written, _or(self.weight, read), anchor, plan.blocks, out["log_decay"], out.get("source", read),
+            out["log_decay"].stride(0), out["source"].stride(0) if "source" in out else 0, self.tokens, self.heads,
+            HEADS=_power_of_two(self.heads), C=CHUNK, SOURCE=self.source is not None, num_warps=4,
         )  # fmt: skip
-        biases = {}
+        self.kernels.finish_channels_kernel[(plan.chunks.shape[0],)](
+            self.query, self.key, d_q, d_k, _or(self.frequencies, value), plan.chunks, out["query"], out["key"],
+            self.query.stride(0), self.key.stride(0), self.query.stride(1), self.key.stride(1),
+            out["query"].stride(0), out["key"].stride(0), self.tokens, self.scale, self.epsilon or 0.0,
+            COPIES=self.copies, K=self.state, C=CHUNK, NORM=self.epsilon is not None, ROTATE=self.flags["ROTATE"],
+            num_warps=8,
+        )  # fmt: skip
+        heads = {"initial": d_initial}
         if self.table:
-            biases = {"query_bias": self._bias(d_q_table, self.scale), "key_bias": self._bias(d_k_table, 1.0)}
-        return out | biases | {"skip": d_skip.sum(0), "initial": d_initial}
+            heads |= {"query_bias": self._bias(d_q_table, self.scale), "key_bias": self._bias(d_k_table, 1.0)}
+        if self.skip is not None:
+            heads["skip"] = met.sum(1)
+        return out | heads
 
-    def _channels(self, channels, table, left, right, start, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Gradient of queries or keys as prepared [copies, tokens, state], and of their turned biases."""
+    def _channels(self, channels, table, left, right, start, *, output=None, read=None, met=None):
+        """Gradient of keys as prepared [copies, tokens, state], or of queries if `read` is given; of their biases."""
         value, blocks = self.value, self.plan.blocks
         atomic = self.copies == 1 and not torch.are_deterministic_algorithms_enabled()
         make = torch.zeros if atomic else torch.empty
@@ -264,14 +264,13 @@ class Launch:
         gradient = make(1 if atomic else self.heads, self.tokens, self.state, **wide)
         tables = (1 if atomic else blocks.shape[0]) if self.table else 0
         d_table = make(tables, self.heads, CHUNK, self.state, **wide)
-        half = self.state // 2
-        lanes = min(32, half)
-        self.kernels.channel_kernel[(self.heads, blocks.shape[0], half // lanes)](
-            channels, table, left, right, self.running, _or(self.weight, self.running),
-            _or(self.frequencies, value), blocks, start, gradient, d_table,
+        self.kernels.channel_kernel[(self.heads, blocks.shape[0])](
+            channels, table, left, right, _or(output, left), self.running, _or(self.weight, self.running),
+            _or(self.frequencies, value), _or(self.skip, value), blocks, start, gradient, d_table,
+            _or(read, self.running), _or(met, self.running),
             left.stride(0), right.stride(0), self.tokens, self.heads,
-            L=lanes, BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, START=True, REVERSE=reverse, STAGES=1,
-            **self.mixing, num_warps=4,
+            BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, SKIP=self.skip is not None, REVERSE=read is None,
+            **self.mixing, num_warps=4, num_stages=1,
         )  # fmt: skip
         return (gradient.sum(0, keepdim=True) if self.copies == 1 and not atomic else gradient), d_table.sum(0)
 

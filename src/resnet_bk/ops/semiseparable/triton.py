@@ -38,38 +38,58 @@ def _turned(low, high, cos, sin):
 
 
 @triton.jit
-def _load_memory(memory, index, L: tl.constexpr, P: tl.constexpr):
-    """Both halves [P, L] of matrix `index` of `memory`, which holds matrices [P, 2 L]."""
-    offset = tl.arange(0, P)[:, None] * (2 * L) + tl.arange(0, L)[None, :]
-    base = memory + index.to(tl.int64) * (2 * L * P)
-    return tl.load(base + offset), tl.load(base + L + offset)
+def _within(rows, columns, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """Mask of the tile's cells that exist: tiles narrower than 64 are padded to it."""
+    mask = rows[:, None]
+    if LIMIT < TILE:
+        mask = mask & (columns < LIMIT)[None, :]
+    return mask
 
 
 @triton.jit
-def _store_memory(memory, index, low, high, L: tl.constexpr, P: tl.constexpr):
-    offset = tl.arange(0, P)[:, None] * (2 * L) + tl.arange(0, L)[None, :]
-    base = memory + index.to(tl.int64) * (2 * L * P)
-    tl.store(base + offset, low)
-    tl.store(base + L + offset, high)
+def _memory_tile(K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, Q: tl.constexpr):
+    """Offsets and mask [Q, L] of the first half of the channels in a memory kept as [P, K]."""
+    half, channel = tl.arange(0, L), tl.arange(0, Q)
+    return channel[:, None] * K + half[None, :], _within(channel < P, half, K // 2, L)
 
 
 @triton.jit
-def _load_channels(x, table, inside, L: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr):
+def _load_memory(memory, index, K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, Q: tl.constexpr):
+    """Both halves [Q, L] of matrix `index` of `memory`, which holds matrices [P, K]."""
+    offset, mask = _memory_tile(K, P, L, Q)
+    base = memory + index.to(tl.int64) * (K * P)
+    return tl.load(base + offset, mask=mask, other=0.0), tl.load(base + K // 2 + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_memory(memory, index, low, high, K: tl.constexpr, P: tl.constexpr, L: tl.constexpr, Q: tl.constexpr):
+    offset, mask = _memory_tile(K, P, L, Q)
+    base = memory + index.to(tl.int64) * (K * P)
+    tl.store(base + offset, low, mask=mask)
+    tl.store(base + K // 2 + offset, high, mask=mask)
+
+
+@triton.jit
+def _load_channels(x, table, inside, K: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr):
     """Both halves [C, L] of a chunk's per-head queries or keys: the shared ones plus the turned bias of the head."""
-    place = tl.arange(0, C)[:, None] * (2 * L) + tl.arange(0, L)[None, :]
-    low = tl.load(x + place, mask=inside[:, None], other=0.0)
-    high = tl.load(x + L + place, mask=inside[:, None], other=0.0)
+    step, half = tl.arange(0, C), tl.arange(0, L)
+    place = step[:, None] * K + half[None, :]
+    mask = _within(inside, half, K // 2, L)
+    low = tl.load(x + place, mask=mask, other=0.0)
+    high = tl.load(x + K // 2 + place, mask=mask, other=0.0)
     if TABLE:
-        low += tl.load(table + place)
-        high += tl.load(table + L + place)
+        mask = _within(step < C, half, K // 2, L)
+        low += tl.load(table + place, mask=mask, other=0.0)
+        high += tl.load(table + K // 2 + place, mask=mask, other=0.0)
     return low, high
 
 
 @triton.jit
-def _load_tile(x, token, stride, inside, C: tl.constexpr, P: tl.constexpr):
-    """Rows [C, P] of a chunk that starts at `token`."""
-    place = tl.arange(0, C)[:, None] * stride + tl.arange(0, P)[None, :]
-    return tl.load(x + token * stride + place, mask=inside[:, None], other=0.0)
+def _load_tile(x, token, stride, inside, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """Rows [C, Q] of a chunk that starts at `token`."""
+    channel = tl.arange(0, Q)
+    place = tl.arange(0, C)[:, None] * stride + channel[None, :]
+    return tl.load(x + token * stride + place, mask=_within(inside, channel, P, Q), other=0.0)
 
 
 @triton.jit
@@ -77,6 +97,30 @@ def _load_log(running, token, size, inside, C: tl.constexpr):
     """Running log decays [C] of a chunk and the last of them."""
     base = running + token
     return tl.load(base + tl.arange(0, C), mask=inside, other=0.0), tl.load(base + size - 1)
+
+
+@triton.jit
+def _chunk_phases(frequency, C: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Phases [1, L] of one chunk."""
+    half = tl.arange(0, L)
+    cos, sin = _phases(tl.full((L,), C, tl.int32), tl.load(frequency + half, mask=half < K // 2, other=0.0))
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _forward_decay(log, inside, C: tl.constexpr):
+    """Decay [C, C] from column to row, zero for later columns."""
+    step = tl.arange(0, C)
+    past = (step[:, None] >= step[None, :]) & inside[:, None]
+    return tl.where(past, tl.exp2(log[:, None] - log[None, :]), 0.0)
+
+
+@triton.jit
+def _backward_decay(log, inside, C: tl.constexpr):
+    """Decay [C, C] from row to column, zero for earlier columns and those behind the last token."""
+    step = tl.arange(0, C)
+    future = (step[:, None] <= step[None, :]) & inside[None, :]
+    return tl.where(future, tl.exp2(log[None, :] - log[:, None]), 0.0)
 
 
 @triton.jit
@@ -110,7 +154,7 @@ def prepare_kernel(
     cos, sin = _phases(step[:, None], omega[None, :])
     program = tl.program_id(0)
     if program < num_chunks:
-        begin, end = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1)
+        begin, end = tl.load(chunks + 2 * program), tl.load(chunks + 2 * program + 1)
         rows = begin + step
         inside = rows < end
         for copy in range(COPIES):
@@ -150,23 +194,21 @@ def prepare_kernel(
 def contribute_kernel(
     channels, table, x, running, source, frequency, segments, contribution, total,
     x_stride, tokens, heads,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr, COPIES: tl.constexpr,
-    ROTATE: tl.constexpr, SOURCE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, Q: tl.constexpr, TABLE: tl.constexpr,
+    COPIES: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Memory after a segment that starts empty (or, in reverse, its cotangent before it), and its total log decay."""
-    L: tl.constexpr = K // 2
     head, segment = tl.program_id(0), tl.program_id(1)
     row = segments + segment * COLUMNS
     begin, end = tl.load(row + BEGIN), tl.load(row + END)
     if tl.load(row + (FIRST if REVERSE else LAST)) == 1:
         return  # nobody asks for it
-    low = tl.zeros((P, L), tl.float32)
-    high = tl.zeros((P, L), tl.float32)
+    low = tl.zeros((Q, L), tl.float32)
+    high = tl.zeros((Q, L), tl.float32)
     step = tl.arange(0, C)
     decayed = tl.zeros((), tl.float32)
     if ROTATE:
-        cos, sin = _phases(tl.full((L,), C, tl.int32), tl.load(frequency + tl.arange(0, L)))
-        cos, sin = cos[None, :], sin[None, :]
+        cos, sin = _chunk_phases(frequency, C, K, L)
     if COPIES > 1:
         channels += head.to(tl.int64) * tokens * K
     table += head * C * K
@@ -179,8 +221,8 @@ def contribute_kernel(
         token = begin + chunk * C
         size = tl.minimum(end - token, C).to(tl.int32)
         inside = step < size
-        a, b = _load_channels(channels + token * K, table, inside, L, C, TABLE)
-        value = _load_tile(x, token, x_stride, inside, C, P)
+        c1, c2 = _load_channels(channels + token * K, table, inside, K, L, C, TABLE)
+        value = _load_tile(x, token, x_stride, inside, C, P, Q)
         log, last = _load_log(running, token, size, inside, C)
         if REVERSE:
             weight = tl.exp2(log)
@@ -190,14 +232,14 @@ def contribute_kernel(
             weight = tl.exp2(last - log)
             if SOURCE:
                 weight *= tl.load(source + token + step, mask=inside, other=0.0)
-        weighted = (value * weight[:, None]).to(a.dtype)
+        weighted = tl.trans((value * weight[:, None]).to(c1.dtype))
         decay = tl.exp2(last)
-        low = tl.dot(tl.trans(weighted), a, low * decay, input_precision=PRECISION)
-        high = tl.dot(tl.trans(weighted), b, high * decay, input_precision=PRECISION)
+        low = tl.dot(weighted, c1, low * decay, input_precision=PRECISION)
+        high = tl.dot(weighted, c2, high * decay, input_precision=PRECISION)
         if ROTATE and not REVERSE:
             low, high = _turned(low, high, cos, -sin)
         decayed += last
-    _store_memory(contribution, segment * heads + head, low, high, L, P)
+    _store_memory(contribution, segment * heads + head, low, high, K, P, L, Q)
     tl.store(total + segment * heads + head, decayed)
 
 
@@ -248,31 +290,29 @@ def carry_kernel(
 @triton.jit
 def mix_kernel(
     query, key, query_table, key_table, x, running, source, frequency, skip, position, segments,
-    start, y, final, kept, output, token, d_log, d_source, d_skip,
-    x_stride, y_stride, token_stride, tokens, heads,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr,
-    COPIES: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr, SKIP: tl.constexpr, START: tl.constexpr,
-    KEEP: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    start, y, final, kept, value, written,
+    x_stride, y_stride, value_stride, tokens, heads,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, Q: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr, COPIES: tl.constexpr, ROTATE: tl.constexpr,
+    SOURCE: tl.constexpr, SKIP: tl.constexpr, START: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr,
+    FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment and head: outputs, and the memory before every block of chunks and after the row.
 
-    In reverse it is the gradient of the values: queries and keys change roles, `x` is the gradient of the outputs
-    and `token` holds the values, and time runs backwards; the gradients of the decays, sources and the skip come along.
+    In reverse it is the gradient of the values: keys ask and queries answer, `x` is the gradient of the outputs and
+    time runs backwards. What every token wrote, value . gradient of the sourced value, comes along in `written`.
     """
-    L: tl.constexpr = K // 2
     head, segment = tl.program_id(0), tl.program_id(1)
     row = segments + segment * COLUMNS
     begin, end = tl.load(row + BEGIN), tl.load(row + END)
-    step, channel = tl.arange(0, C), tl.arange(0, P)
+    step, channel = tl.arange(0, C), tl.arange(0, Q)
     if START:
-        low, high = _load_memory(start, segment * heads + head, L, P)
+        low, high = _load_memory(start, segment * heads + head, K, P, L, Q)
     else:
-        low = tl.zeros((P, L), tl.float32)
-        high = tl.zeros((P, L), tl.float32)
+        low = tl.zeros((Q, L), tl.float32)
+        high = tl.zeros((Q, L), tl.float32)
     if ROTATE:
-        omega = tl.load(frequency + tl.arange(0, L))
-        cos, sin = _phases(tl.full((L,), C, tl.int32), omega)
-        cos, sin = cos[None, :], sin[None, :]
+        cos, sin = _chunk_phases(frequency, C, K, L)
     if COPIES > 1:
         query += head.to(tl.int64) * tokens * K
         key += head.to(tl.int64) * tokens * K
@@ -285,200 +325,184 @@ def mix_kernel(
     if SKIP:
         direct = tl.load(skip + head).to(tl.float32)
     if REVERSE:
-        token += head * P
-        output += head * P
-        d_log += head.to(tl.int64) * tokens
-        d_source += head.to(tl.int64) * tokens
-        d_direct = tl.zeros((C,), tl.float32)
-        later = tl.zeros((), tl.float32)
+        value += head * P
+        written += head.to(tl.int64) * tokens
     kept_index = tl.load(row + BLOCK) * heads + head
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    for i in tl.range(0, count, num_stages=STAGES):
+    for i in range(0, count):
         chunk = count - 1 - i if REVERSE else i
         if KEEP:
-            # Before a block going forward; after it, in the direction of time, going backwards.
+            # Before a block in the direction of the walk.
             if ((chunk + 1) % BLOCK_CHUNKS == 0 or i == 0) if REVERSE else (chunk % BLOCK_CHUNKS == 0):
-                _store_memory(kept, kept_index + chunk // BLOCK_CHUNKS * heads, low, high, L, P)
-        first = begin + chunk * C
-        size = tl.minimum(end - first, C).to(tl.int32)
+                _store_memory(kept, kept_index + chunk // BLOCK_CHUNKS * heads, low, high, K, P, L, Q)
+        token = begin + chunk * C
+        size = tl.minimum(end - token, C).to(tl.int32)
         inside = step < size
-        k1, k2 = _load_channels(key + first * K, key_table, inside, L, C, TABLE)
-        q1, q2 = _load_channels(query + first * K, query_table, inside, L, C, TABLE)
-        log, last = _load_log(running, first, size, inside, C)
-        value = _load_tile(x, first, x_stride, inside, C, P)
+        k1, k2 = _load_channels(key + token * K, key_table, inside, K, L, C, TABLE)
+        q1, q2 = _load_channels(query + token * K, query_table, inside, K, L, C, TABLE)
+        dtype = q1.dtype
+        tile = _load_tile(x, token, x_stride, inside, C, P, Q)
+        log, last = _load_log(running, token, size, inside, C)
+        if SOURCE:
+            weight = tl.load(source + token + step, mask=inside, other=0.0)
+        decay = tl.exp2(last)
         if REVERSE:
             if ROTATE:
                 low, high = _turned(low, high, cos, sin)
             scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
-            causal = (step[:, None] <= step[None, :]) & inside[:, None]
-            scores = tl.where(causal, scores * tl.exp2(log[None, :] - log[:, None]), 0.0).to(q1.dtype)
-            out = tl.dot(k1, tl.trans(low.to(q1.dtype)), input_precision=PRECISION)
-            out = tl.dot(k2, tl.trans(high.to(q1.dtype)), out, input_precision=PRECISION)
-            out = tl.dot(scores, value, out * tl.exp2(last - log)[:, None], input_precision=PRECISION)
-            weighted = (value * tl.exp2(log)[:, None]).to(q1.dtype)
-            decay = tl.exp2(last)
-            low = tl.dot(tl.trans(weighted), q1, low * decay, input_precision=PRECISION)
-            high = tl.dot(tl.trans(weighted), q2, high * decay, input_precision=PRECISION)
-            mine = _load_tile(token, first, token_stride, inside, C, P).to(tl.float32)
-            grad = value.to(tl.float32)
-            written = tl.sum(mine * out, 1)
-            theirs = _load_tile(output, first, heads * P, inside, C, P).to(tl.float32)
-            read = tl.sum(grad * theirs, 1)
+            scores = (scores * _backward_decay(log, inside, C)).to(dtype)
+            out = tl.dot(k1, tl.trans(low.to(dtype)), input_precision=PRECISION)
+            out = tl.dot(k2, tl.trans(high.to(dtype)), out, input_precision=PRECISION)
+            out = tl.dot(scores, tile, out * tl.exp2(last - log)[:, None], input_precision=PRECISION)
+            weighted = tl.trans((tile * tl.exp2(log)[:, None]).to(dtype))
+            low = tl.dot(weighted, q1, low * decay, input_precision=PRECISION)
+            high = tl.dot(weighted, q2, high * decay, input_precision=PRECISION)
+            mine = _load_tile(value, token, value_stride, inside, C, P, Q).to(tl.float32)
+            tl.store(written + token + step, tl.sum(mine * out, 1), mask=inside)
             if SOURCE:
-                weight = tl.load(source + first + step, mask=inside, other=0.0)
-                tl.store(d_source + first + step, written, mask=inside)
-                written *= weight
                 out *= weight[:, None]
-            if SKIP:
-                met = tl.sum(grad * mine, 1)
-                d_direct += met
-                read -= direct * met
-                out += direct * grad
-            # The sum over later chunks of the block goes to the last token, whence the running sum spreads it.
-            if (chunk + 1) % BLOCK_CHUNKS == 0:
-                later = 0.0
-            change = read - written
-            tl.store(d_log + first + step, change + tl.where(step == size - 1, later, 0.0), mask=inside)
-            later += tl.sum(change, 0)
         else:
-            incoming = value.to(tl.float32)
+            incoming = tile.to(tl.float32)
             if SOURCE:
-                incoming *= tl.load(source + first + step, mask=inside, other=0.0)[:, None]
+                incoming *= weight[:, None]
             scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-            causal = (step[:, None] >= step[None, :]) & inside[:, None]
-            scores = tl.where(causal, scores * tl.exp2(log[:, None] - log[None, :]), 0.0).to(q1.dtype)
-            out = tl.dot(q1, tl.trans(low.to(q1.dtype)), input_precision=PRECISION)
-            out = tl.dot(q2, tl.trans(high.to(q1.dtype)), out, input_precision=PRECISION)
-            out = tl.dot(scores, incoming.to(q1.dtype), out * tl.exp2(log)[:, None], input_precision=PRECISION)
-            weighted = (incoming * tl.exp2(last - log)[:, None]).to(q1.dtype)
-            decay = tl.exp2(last)
-            low = tl.dot(tl.trans(weighted), k1, low * decay, input_precision=PRECISION)
-            high = tl.dot(tl.trans(weighted), k2, high * decay, input_precision=PRECISION)
+            scores = (scores * _forward_decay(log, inside, C)).to(dtype)
+            out = tl.dot(q1, tl.trans(low.to(dtype)), input_precision=PRECISION)
+            out = tl.dot(q2, tl.trans(high.to(dtype)), out, input_precision=PRECISION)
+            out = tl.dot(scores, incoming.to(dtype), out * tl.exp2(log)[:, None], input_precision=PRECISION)
+            weighted = tl.trans((incoming * tl.exp2(last - log)[:, None]).to(dtype))
+            low = tl.dot(weighted, k1, low * decay, input_precision=PRECISION)
+            high = tl.dot(weighted, k2, high * decay, input_precision=PRECISION)
             if ROTATE:
                 low, high = _turned(low, high, cos, -sin)
-            if SKIP:
-                out += direct * value.to(tl.float32)
+        if SKIP:
+            out += direct * tile.to(tl.float32)
         place = step[:, None] * y_stride + channel[None, :]
-        tl.store(y + first * y_stride + place, out.to(y.dtype.element_ty), mask=inside[:, None])
+        tl.store(y + token * y_stride + place, out.to(y.dtype.element_ty), mask=_within(inside, channel, P, Q))
     if FINAL:
         if tl.load(row + (FIRST if REVERSE else LAST)) == 1:
             line = tl.load(row + ROW)
+            half = tl.arange(0, L)
             if ROTATE:
                 where = tl.load(position + line)
                 if not REVERSE:
                     where += tl.cdiv(end - tl.load(row + ROW_BEGIN), C) * C
+                omega = tl.load(frequency + half, mask=half < K // 2, other=0.0)
                 c, s = _phases(tl.zeros((L,), tl.int64) + where, omega)
                 low, high = _turned(low, high, c[None, :], s[None, :])
             base = final + (line * heads + head).to(tl.int64) * (K * P)
-            place = tl.arange(0, L)[None, :] * P + channel[:, None]
-            tl.store(base + place, low)
-            tl.store(base + L * P + place, high)
-    if REVERSE and SKIP:
-        tl.store(d_skip + segment * heads + head, tl.sum(d_direct, 0))
+            place = half[None, :] * P + channel[:, None]
+            mask = _within(channel < P, half, K // 2, L)
+            tl.store(base + place, low, mask=mask)
+            tl.store(base + K // 2 * P + place, high, mask=mask)
 
 
 @triton.jit
 def channel_kernel(
-    channels, table, left, right, running, source, frequency, blocks, start, gradient, d_table,
+    channels, table, left, right, output, running, source, frequency, skip, blocks,
+    start, gradient, d_table, read, met,
     left_stride, right_stride, tokens, heads,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-    TABLE: tl.constexpr, COPIES: tl.constexpr, ATOMIC: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr,
-    START: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, Q: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr, COPIES: tl.constexpr, ATOMIC: tl.constexpr,
+    ROTATE: tl.constexpr, SOURCE: tl.constexpr, SKIP: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries (of keys, in reverse) of one block of chunks and head, 2 L of the K channels.
+    """Gradients of queries (of keys, in reverse) and of their turned biases, for one block of chunks and head.
 
-    Queries: `left` is the gradient of the outputs, `right` the values and `channels` the keys. In reverse: `left` the
-    values, `right` the gradient of the outputs and `channels` the queries.
+    Queries: `left` is the gradient of the outputs, `right` the values and `channels` the keys; what every token read,
+    gradient . output, and its gradient . value come along in `read` and `met`. In reverse: `left` the values, `right`
+    the gradient of the outputs and `channels` the queries.
     """
-    head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, block = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1)
-    step, half, channel = tl.arange(0, C), part * L + tl.arange(0, L), tl.arange(0, P)
-    HALF: tl.constexpr = K // 2
-    if START:
-        place = channel[:, None] * K + half[None, :]
-        base = start + (block * heads + head).to(tl.int64) * (K * P)
-        low, high = tl.load(base + place), tl.load(base + HALF + place)
-    else:
-        low = tl.zeros((P, L), tl.float32)
-        high = tl.zeros((P, L), tl.float32)
+    step, half = tl.arange(0, C), tl.arange(0, L)
+    low, high = _load_memory(start, block * heads + head, K, P, L, Q)
     if ROTATE:
-        cos, sin = _phases(tl.full((L,), C, tl.int32), tl.load(frequency + half))
-        cos, sin = cos[None, :], sin[None, :]
+        cos, sin = _chunk_phases(frequency, C, K, L)
     if COPIES > 1:
         channels += head.to(tl.int64) * tokens * K
     if not ATOMIC:
         gradient += head.to(tl.int64) * tokens * K
+        d_table += block.to(tl.int64) * heads * C * K
     table += head * C * K
+    d_table += head * C * K
     running += head.to(tl.int64) * tokens
     source += head.to(tl.int64) * tokens
     left += head * P
     right += head * P
+    if not REVERSE:
+        output += head * P
+        read += head.to(tl.int64) * tokens
+        met += head.to(tl.int64) * tokens
+        if SKIP:
+            direct = tl.load(skip + head).to(tl.float32)
     place = step[:, None] * K + half[None, :]
-    if TABLE:
+    if TABLE and not ATOMIC:
         table_low = tl.zeros((C, L), tl.float32)
         table_high = tl.zeros((C, L), tl.float32)
+    whole = _within(step < C, half, K // 2, L)
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    for i in tl.range(0, count, num_stages=STAGES):
+    for i in range(0, count):
         chunk = count - 1 - i if REVERSE else i
-        first = begin + chunk * C
-        size = tl.minimum(end - first, C).to(tl.int32)
+        token = begin + chunk * C
+        size = tl.minimum(end - token, C).to(tl.int32)
         inside = step < size
-        c1 = tl.load(channels + first * K + place, mask=inside[:, None], other=0.0)
-        c2 = tl.load(channels + first * K + HALF + place, mask=inside[:, None], other=0.0)
-        if TABLE:
-            c1 += tl.load(table + place)
-            c2 += tl.load(table + HALF + place)
-        log, last = _load_log(running, first, size, inside, C)
-        a = _load_tile(left, first, left_stride, inside, C, P)
-        b = _load_tile(right, first, right_stride, inside, C, P)
+        c1, c2 = _load_channels(channels + token * K, table, inside, K, L, C, TABLE)
+        dtype = c1.dtype
+        log, last = _load_log(running, token, size, inside, C)
+        a = _load_tile(left, token, left_stride, inside, C, P, Q)
+        b = _load_tile(right, token, right_stride, inside, C, P, Q)
         if SOURCE:
-            weight = tl.load(source + first + step, mask=inside, other=0.0)
+            weight = tl.load(source + token + step, mask=inside, other=0.0)
         if REVERSE:
             if ROTATE:
                 low, high = _turned(low, high, cos, sin)
             if SOURCE:
-                a = (a * weight[:, None]).to(c1.dtype)
+                a = (a * weight[:, None]).to(dtype)
             scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-            causal = (step[:, None] <= step[None, :]) & inside[:, None]
-            scores = tl.where(causal, scores * tl.exp2(log[None, :] - log[:, None]), 0.0).to(c1.dtype)
-            reach = (a * tl.exp2(last - log)[:, None]).to(c1.dtype)
-            carry = (b * tl.exp2(log)[:, None]).to(c1.dtype)
+            scores = (scores * _backward_decay(log, inside, C)).to(dtype)
+            reach = (a * tl.exp2(last - log)[:, None]).to(dtype)
+            carry = tl.trans((b * tl.exp2(log)[:, None]).to(dtype))
         else:
+            theirs = _load_tile(output, token, heads * P, inside, C, P, Q).to(tl.float32)
+            if SKIP:
+                both = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+                tl.store(met + token + step, both, mask=inside)
+                tl.store(read + token + step, tl.sum(a.to(tl.float32) * theirs, 1) - direct * both, mask=inside)
+            else:
+                tl.store(read + token + step, tl.sum(a.to(tl.float32) * theirs, 1), mask=inside)
             if SOURCE:
-                b = (b * weight[:, None]).to(c1.dtype)
+                b = (b * weight[:, None]).to(dtype)
             scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-            causal = (step[:, None] >= step[None, :]) & inside[:, None]
-            scores = tl.where(causal, scores * tl.exp2(log[:, None] - log[None, :]), 0.0).to(c1.dtype)
-            reach = (a * tl.exp2(log)[:, None]).to(c1.dtype)
-            carry = (b * tl.exp2(last - log)[:, None]).to(c1.dtype)
-        d1 = tl.dot(reach, low.to(c1.dtype), input_precision=PRECISION)
+            scores = (scores * _forward_decay(log, inside, C)).to(dtype)
+            reach = (a * tl.exp2(log)[:, None]).to(dtype)
+            carry = tl.trans((b * tl.exp2(last - log)[:, None]).to(dtype))
+        d1 = tl.dot(reach, low.to(dtype), input_precision=PRECISION)
         d1 = tl.dot(scores, c1, d1, input_precision=PRECISION)
-        d2 = tl.dot(reach, high.to(c1.dtype), input_precision=PRECISION)
+        d2 = tl.dot(reach, high.to(dtype), input_precision=PRECISION)
         d2 = tl.dot(scores, c2, d2, input_precision=PRECISION)
+        mask = _within(inside, half, K // 2, L)
         if ATOMIC:
-            tl.atomic_add(gradient + first * K + place, d1, mask=inside[:, None], sem="relaxed")
-            tl.atomic_add(gradient + first * K + HALF + place, d2, mask=inside[:, None], sem="relaxed")
+            tl.atomic_add(gradient + token * K + place, d1, mask=mask, sem="relaxed")
+            tl.atomic_add(gradient + token * K + K // 2 + place, d2, mask=mask, sem="relaxed")
+            if TABLE:
+                tl.atomic_add(d_table + place, d1, mask=whole, sem="relaxed")
+                tl.atomic_add(d_table + K // 2 + place, d2, mask=whole, sem="relaxed")
         else:
-            tl.store(gradient + first * K + place, d1, mask=inside[:, None])
-            tl.store(gradient + first * K + HALF + place, d2, mask=inside[:, None])
-        if TABLE:
-            table_low += d1
-            table_high += d2
+            tl.store(gradient + token * K + place, d1, mask=mask)
+            tl.store(gradient + token * K + K // 2 + place, d2, mask=mask)
+            if TABLE:
+                table_low += d1
+                table_high += d2
         decay = tl.exp2(last)
-        low = tl.dot(tl.trans(carry), c1, low * decay, input_precision=PRECISION)
-        high = tl.dot(tl.trans(carry), c2, high * decay, input_precision=PRECISION)
+        low = tl.dot(carry, c1, low * decay, input_precision=PRECISION)
+        high = tl.dot(carry, c2, high * decay, input_precision=PRECISION)
         if ROTATE and not REVERSE:
             low, high = _turned(low, high, cos, -sin)
-    if TABLE:
-        if ATOMIC:
-            tl.atomic_add(d_table + head * C * K + place, table_low, sem="relaxed")
-            tl.atomic_add(d_table + head * C * K + HALF + place, table_high, sem="relaxed")
-        else:
-            base = d_table + (block * heads + head).to(tl.int64) * (C * K)
-            tl.store(base + place, table_low)
-            tl.store(base + HALF + place, table_high)
+    if TABLE and not ATOMIC:
+        tl.store(d_table + place, table_low, mask=whole)
+        tl.store(d_table + K // 2 + place, table_high, mask=whole)
 
 
 @triton.jit
@@ -500,21 +524,46 @@ def anchor_kernel(kept, after, final, d_final, blocks, anchor, heads, SIZE: tl.c
 
 
 @triton.jit
-def finish_kernel(
-    query, key, d_query, d_key, d_log, d_source, anchor, frequency, chunks,
-    query_out, key_out, decay_out, source_out,
-    query_stride, key_stride, query_head_stride, key_head_stride,
-    query_out_stride, key_out_stride, decay_stride, source_stride,
-    tokens, scale, epsilon, heads,
-    HEADS: tl.constexpr, COPIES: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, SOURCE: tl.constexpr,
+def finish_gates_kernel(
+    read, written, source, anchor, blocks, decay_out, source_out,
+    decay_stride, source_stride, tokens, heads,
+    HEADS: tl.constexpr, C: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: gradients of raw queries and keys (turned back, through the norm), log decays and sources."""
+    """Gradients of log decays and sources of one block: running sums from its end of what was read less written."""
+    block = tl.program_id(0)
+    begin, end = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1)
+    step, head = tl.arange(0, C), tl.arange(0, HEADS)
+    later = tl.load(anchor + block * heads + head, mask=head < heads, other=0.0)
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    for i in range(0, count):
+        rows = begin + (count - 1 - i) * C + step
+        valid = (rows < end)[:, None] & (head < heads)[None, :]
+        place = head[None, :].to(tl.int64) * tokens + rows[:, None]
+        wrote = tl.load(written + place, mask=valid, other=0.0)
+        if SOURCE:
+            target = source_out + rows[:, None] * source_stride + head[None, :]
+            tl.store(target, wrote.to(source_out.dtype.element_ty), mask=valid)
+            wrote *= tl.load(source + place, mask=valid, other=0.0)
+        change = tl.load(read + place, mask=valid, other=0.0) - wrote
+        running = tl.cumsum(change, 0, reverse=True) + later[None, :]
+        later += tl.sum(change, 0)
+        target = decay_out + rows[:, None] * decay_stride + head[None, :]
+        tl.store(target, running.to(decay_out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def finish_channels_kernel(
+    query, key, d_query, d_key, frequency, chunks, query_out, key_out,
+    query_stride, key_stride, query_head_stride, key_head_stride,
+    query_out_stride, key_out_stride, tokens, scale, epsilon,
+    COPIES: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """One chunk: gradients of raw queries and keys, turned back and through the norm."""
     L: tl.constexpr = K // 2
     step = tl.arange(0, C)
     channel = tl.arange(0, L)
     program = tl.program_id(0)
-    begin, end = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1)
+    begin, end = tl.load(chunks + 2 * program), tl.load(chunks + 2 * program + 1)
     rows = begin + step
     inside = rows < end
     if ROTATE:
@@ -545,17 +594,3 @@ def finish_kernel(
             target = out + rows[:, None] * out_stride + copy * K + channel[None, :]
             tl.store(target, low.to(out.dtype.element_ty), mask=inside[:, None])
             tl.store(target + L, high.to(out.dtype.element_ty), mask=inside[:, None])
-    head = tl.arange(0, HEADS)
-    valid = inside[:, None] & (head < heads)[None, :]
-    place = head[None, :].to(tl.int64) * tokens + rows[:, None]
-    running = tl.cumsum(tl.load(d_log + place, mask=valid, other=0.0), 0, reverse=True)
-    later = anchor + tl.load(chunks + 3 * program + 2) * heads + head
-    running += tl.load(later, mask=head < heads, other=0.0)[None, :]
-    tl.store(
-        decay_out + rows[:, None] * decay_stride + head[None, :], running.to(decay_out.dtype.element_ty), mask=valid
-    )
-    if SOURCE:
-        weight = tl.load(d_source + place, mask=valid, other=0.0)
-        tl.store(
-            source_out + rows[:, None] * source_stride + head[None, :], weight.to(source_out.dtype.element_ty), mask=valid
-        )  # fmt: skip
