@@ -198,10 +198,14 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
         """What happens between the two projections but for norm and gate; arguments are raw projections."""
         config = self.config
-        query, key = (F.rms_norm(part, (config.state_size,), eps=config.norm_epsilon) for part in (query, key))
+        single = x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
         x = x.unflatten(-1, (config.num_heads, config.head_dim))
         gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
         biases = {"query_bias": self.query_bias, "key_bias": self.key_bias}
+        norm: dict[str, float | None] = {"norm_epsilon": config.norm_epsilon}
+        if single or gates.angle is not None:
+            query, key = (F.rms_norm(part, (config.state_size,), eps=config.norm_epsilon) for part in (query, key))
+            norm = {}
         if gates.angle is not None:
             cos, sin = gates.angle.cos()[..., None], gates.angle.sin()[..., None]
             query = rotate(query.unsqueeze(2) + self.query_bias, cos, sin)
@@ -213,7 +217,7 @@ class Mixer(nn.Module):
             "skip": None if gates.readout is not None else self.skip,
             "scale": config.state_size**-0.5,
         }
-        if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+        if single:
             now = [part[:, 0] for part in (query, key, x, gates.log_decay, gates.source)]
             y, mix = semiseparable_step(now[0], now[1], now[2], now[3], state.mix, source=now[4], **options)
             y = y.unsqueeze(1)
@@ -226,6 +230,7 @@ class Mixer(nn.Module):
                 source=gates.source,
                 initial=None if state is None else state.mix,
                 cu_seqlens=cu_seqlens,
+                **norm,
                 **options,
             )
         if gates.readout is not None:

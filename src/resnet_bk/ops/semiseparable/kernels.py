@@ -187,14 +187,13 @@ class Launch:
         )  # fmt: skip
         return carried
 
-    def _mix(self, x: Tensor, y: Tensor, start: Tensor | None, final: Tensor | None, kept: Tensor | None, written=None):
-        """One pass over all segments: forwards, or backwards with what every token wrote in `written`."""
+    def _mix(self, x, y, start, final, kept, *, d_source: Tensor | None = None, reverse: bool = False) -> None:
+        """One pass over all segments: outputs y of values x, or in reverse gradients y of output gradients x."""
         plan, value, empty = self.plan, self.value, self.running
-        reverse = written is not None
         self.kernels.mix_kernel[(self.heads, plan.segments.shape[0])](
             self.q, self.k, self.q_table, self.k_table, x, self.running, _or(self.weight, empty),
             _or(self.frequencies, empty), _or(self.skip, empty), _or(self.position, plan.segments), plan.segments,
-            _or(start, empty), y, _or(final, empty), _or(kept, empty), value, _or(written, empty),
+            _or(start, empty), y, _or(final, empty), _or(kept, empty), value, _or(d_source, empty),
             x.stride(0), y.stride(0), value.stride(0), self.tokens, self.heads,
             BLOCK_CHUNKS=BLOCK_CHUNKS, SKIP=self.skip is not None, START=start is not None, KEEP=kept is not None,
             REVERSE=reverse, FINAL=final is not None, **self.mixing, num_warps=4, num_stages=1,
@@ -215,7 +214,7 @@ class Launch:
         return self.value.new_empty(count, self.heads, self.channels, self.state, dtype=torch.float32)
 
     def backward(
-        self, y: Tensor, final: Tensor, kept: Tensor, grad_y: Tensor, grad_final: Tensor | None, need_initial: bool,
+        self, final: Tensor, kept: Tensor, grad_y: Tensor, grad_final: Tensor | None, need_initial: bool,
         out: dict[str, Tensor],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Gradients by name; those of tokens are written into `out` [tokens, ...], whose rows may be strided."""
@@ -226,18 +225,20 @@ class Launch:
         after = self._memories(blocks)
         d_initial = torch.empty(plan.rows if need_initial else 0, self.heads, self.state, self.channels, **wide)
         read, written, met = (torch.empty_like(self.running) for _ in range(3))
+        d_source = None if self.source is None else torch.empty_like(self.running)
         incoming = self._carry(grad_final, grad_y, reverse=True)
-        self._mix(grad_y, out["value"], incoming, d_initial if need_initial else None, after, written)
-        read_into = {"output": y, "read": read, "met": met}
-        d_q, d_q_table = self._channels(self.k, self.k_table, grad_y, value, kept, **read_into)
-        d_k, d_k_table = self._channels(self.q, self.q_table, value, grad_y, after)
+        first = d_initial if need_initial else None
+        self._mix(grad_y, out["value"], incoming, first, after, d_source=d_source, reverse=True)
+        asked, answered = (self.q, self.q_table), (self.k, self.k_table)
+        d_q, d_q_table = self._channels(answered, asked, grad_y, value, kept, read, met)
+        d_k, d_k_table = self._channels(asked, answered, value, grad_y, after, written, None)
         anchor = torch.empty(blocks, self.heads, **wide)
         self.kernels.anchor_kernel[(self.heads, blocks)](
             kept, after, final, _or(grad_final, final).contiguous(), plan.blocks, anchor, self.heads,
             SIZE=self.state * self.channels, BOUNDARY=grad_final is not None, num_warps=4,
         )  # fmt: skip
         self.kernels.finish_gates_kernel[(blocks,)](
-            read, written, _or(self.weight, read), anchor, plan.blocks, out["log_decay"], out.get("source", read),
+            read, written, _or(d_source, read), anchor, plan.blocks, out["log_decay"], out.get("source", read),
             out["log_decay"].stride(0), out["source"].stride(0) if "source" in out else 0, self.tokens, self.heads,
             HEADS=_power_of_two(self.heads), C=CHUNK, SOURCE=self.source is not None, num_warps=4,
         )  # fmt: skip
@@ -255,8 +256,8 @@ class Launch:
             heads["skip"] = met.sum(1)
         return out | heads
 
-    def _channels(self, channels, table, left, right, start, *, output=None, read=None, met=None):
-        """Gradient of keys as prepared [copies, tokens, state], or of queries if `read` is given; of their biases."""
+    def _channels(self, channels, other, left, right, start, moved: Tensor, met: Tensor | None):
+        """Gradient of queries as prepared [copies, tokens, state], or without `met` of keys; of their turned biases."""
         value, blocks = self.value, self.plan.blocks
         atomic = self.copies == 1 and not torch.are_deterministic_algorithms_enabled()
         make = torch.zeros if atomic else torch.empty
@@ -265,11 +266,10 @@ class Launch:
         tables = (1 if atomic else blocks.shape[0]) if self.table else 0
         d_table = make(tables, self.heads, CHUNK, self.state, **wide)
         self.kernels.channel_kernel[(self.heads, blocks.shape[0])](
-            channels, table, left, right, _or(output, left), self.running, _or(self.weight, self.running),
-            _or(self.frequencies, value), _or(self.skip, value), blocks, start, gradient, d_table,
-            _or(read, self.running), _or(met, self.running),
+            *channels, *other, left, right, self.running, _or(self.weight, self.running),
+            _or(self.frequencies, value), blocks, start, gradient, d_table, moved, _or(met, moved),
             left.stride(0), right.stride(0), self.tokens, self.heads,
-            BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, SKIP=self.skip is not None, REVERSE=read is None,
+            BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, SKIP=self.skip is not None, REVERSE=met is None,
             **self.mixing, num_warps=4, num_stages=1,
         )  # fmt: skip
         return (gradient.sum(0, keepdim=True) if self.copies == 1 and not atomic else gradient), d_table.sum(0)
@@ -357,7 +357,6 @@ def semiseparable_triton_backward_op(
     initial: Tensor | None,
     position: Tensor | None,
     bounds: Tensor | None,
-    y: Tensor,
     final: Tensor,
     kept: Tensor,
     grad_y: Tensor,
@@ -370,8 +369,7 @@ def semiseparable_triton_backward_op(
     launch = Launch(*operands, position, bounds, scale, epsilon)
     tokens = {"query": query, "key": key, "value": value, "log_decay": log_decay, "source": source}
     out = {name: x.new_empty(launch.tokens, *x.shape[2:]) for name, x in tokens.items() if x is not None}
-    y = y.view(launch.tokens, *y.shape[2:])
-    grads = launch.backward(y, final, kept, grad_y, grad_final, initial is not None, out)
+    grads = launch.backward(final, kept, grad_y, grad_final, initial is not None, out)
     heads = {"query_bias": query_bias, "key_bias": key_bias, "skip": skip, "initial": initial}
     return [
         value.new_empty(0) if like is None else grads[name].view(like.shape).to(like.dtype)
@@ -386,12 +384,13 @@ def _(query, key, value, log_decay, source, query_bias, key_bias, frequencies, s
     rows = value.shape[0] if bounds is None else bounds.shape[0] - 1
     memory = (value.shape[2], query.shape[-1], value.shape[3])
     y = value.new_empty(value.shape)
-    return y, y.new_empty(rows, *memory, dtype=torch.float32), y.new_empty(kept, *memory, dtype=torch.float32)
+    turned = (value.shape[2], value.shape[3], query.shape[-1])
+    return y, y.new_empty(rows, *memory, dtype=torch.float32), y.new_empty(kept, *turned, dtype=torch.float32)
 
 
 @semiseparable_triton_backward_op.register_fake
 def _(
-    query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, position, bounds, y, final,
+    query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, initial, position, bounds, final,
     kept, grad_y, grad_final, scale, epsilon,
 ):  # fmt: skip
     like = (query, key, value, log_decay, source, query_bias, key_bias, skip, initial)
@@ -400,15 +399,15 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     *tensors, scale, epsilon, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.epsilon = scale, epsilon
 
 
 def _backward(ctx, grad_y, grad_final, _):
-    *tensors, y, final, kept = ctx.saved_tensors
+    *tensors, final, kept = ctx.saved_tensors
     grad_y = torch.zeros_like(tensors[2]) if grad_y is None else grad_y
-    grads = semiseparable_triton_backward_op(*tensors, y, final, kept, grad_y, grad_final, ctx.scale, ctx.epsilon)
+    grads = semiseparable_triton_backward_op(*tensors, final, kept, grad_y, grad_final, ctx.scale, ctx.epsilon)
     present = [*tensors[:7], tensors[8], tensors[9]]
     found = [grad if like is not None else None for grad, like in zip(grads, present, strict=True)]
     return (*found[:7], None, *found[7:], None, None, None, None, None)
@@ -458,7 +457,7 @@ def _errors(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | 
     y, final, kept = launch.forward(initial, True)
     tokens = {name: case[name] for name in ("query", "key", "value", "log_decay", "source") if case[name] is not None}
     out = {name: x.new_empty(time, *x.shape[2:]) for name, x in tokens.items()}
-    found = {"y": y, "memory": final} | launch.backward(y, final, kept, grad_y, grad_final, True, out)
+    found = {"y": y, "memory": final} | launch.backward(final, kept, grad_y, grad_final, True, out)
 
     leaves = {
         name: x.double().requires_grad_() for name, x in (case | {"initial": initial}).items()

@@ -290,7 +290,7 @@ def carry_kernel(
 @triton.jit
 def mix_kernel(
     query, key, query_table, key_table, x, running, source, frequency, skip, position, segments,
-    start, y, final, kept, value, written,
+    start, y, final, kept, value, d_source,
     x_stride, y_stride, value_stride, tokens, heads,
     K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, Q: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr, COPIES: tl.constexpr, ROTATE: tl.constexpr,
@@ -300,7 +300,7 @@ def mix_kernel(
     """One segment and head: outputs, and the memory before every block of chunks and after the row.
 
     In reverse it is the gradient of the values: keys ask and queries answer, `x` is the gradient of the outputs and
-    time runs backwards. What every token wrote, value . gradient of the sourced value, comes along in `written`.
+    time runs backwards. The gradients of the sources come along in `d_source`.
     """
     head, segment = tl.program_id(0), tl.program_id(1)
     row = segments + segment * COLUMNS
@@ -324,9 +324,8 @@ def mix_kernel(
     y += head * P
     if SKIP:
         direct = tl.load(skip + head).to(tl.float32)
-    if REVERSE:
-        value += head * P
-        written += head.to(tl.int64) * tokens
+    value += head * P
+    d_source += head.to(tl.int64) * tokens
     kept_index = tl.load(row + BLOCK) * heads + head
     count = tl.cdiv(end - begin, C).to(tl.int32)
     for i in range(0, count):
@@ -358,9 +357,9 @@ def mix_kernel(
             weighted = tl.trans((tile * tl.exp2(log)[:, None]).to(dtype))
             low = tl.dot(weighted, q1, low * decay, input_precision=PRECISION)
             high = tl.dot(weighted, q2, high * decay, input_precision=PRECISION)
-            mine = _load_tile(value, token, value_stride, inside, C, P, Q).to(tl.float32)
-            tl.store(written + token + step, tl.sum(mine * out, 1), mask=inside)
             if SOURCE:
+                mine = _load_tile(value, token, value_stride, inside, C, P, Q).to(tl.float32)
+                tl.store(d_source + token + step, tl.sum(mine * out, 1), mask=inside)
                 out *= weight[:, None]
         else:
             incoming = tile.to(tl.float32)
@@ -401,8 +400,8 @@ def mix_kernel(
 
 @triton.jit
 def channel_kernel(
-    channels, table, left, right, output, running, source, frequency, skip, blocks,
-    start, gradient, d_table, read, met,
+    channels, table, other, other_table, left, right, running, source, frequency, blocks,
+    start, gradient, d_table, moved, met,
     left_stride, right_stride, tokens, heads,
     K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, L: tl.constexpr, Q: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, TABLE: tl.constexpr, COPIES: tl.constexpr, ATOMIC: tl.constexpr,
@@ -410,9 +409,10 @@ def channel_kernel(
 ):  # fmt: skip
     """Gradients of queries (of keys, in reverse) and of their turned biases, for one block of chunks and head.
 
-    Queries: `left` is the gradient of the outputs, `right` the values and `channels` the keys; what every token read,
-    gradient . output, and its gradient . value come along in `read` and `met`. In reverse: `left` the values, `right`
-    the gradient of the outputs and `channels` the queries.
+    Queries: `left` is the gradient of the outputs, `right` the values and `channels` the keys. In reverse: `left` the
+    values, `right` the gradient of the outputs and `channels` the queries. `other` are the queries (keys) themselves,
+    and `moved` receives their product with the gradient: what every token read (wrote). Both products contain a token's
+    own share from the same rounded factors, so that it drops out of their difference however fast the head forgets.
     """
     head, block = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1)
@@ -422,21 +422,19 @@ def channel_kernel(
         cos, sin = _chunk_phases(frequency, C, K, L)
     if COPIES > 1:
         channels += head.to(tl.int64) * tokens * K
+        other += head.to(tl.int64) * tokens * K
     if not ATOMIC:
         gradient += head.to(tl.int64) * tokens * K
         d_table += block.to(tl.int64) * heads * C * K
     table += head * C * K
+    other_table += head * C * K
     d_table += head * C * K
     running += head.to(tl.int64) * tokens
     source += head.to(tl.int64) * tokens
+    moved += head.to(tl.int64) * tokens
+    met += head.to(tl.int64) * tokens
     left += head * P
     right += head * P
-    if not REVERSE:
-        output += head * P
-        read += head.to(tl.int64) * tokens
-        met += head.to(tl.int64) * tokens
-        if SKIP:
-            direct = tl.load(skip + head).to(tl.float32)
     place = step[:, None] * K + half[None, :]
     if TABLE and not ATOMIC:
         table_low = tl.zeros((C, L), tl.float32)
@@ -465,13 +463,8 @@ def channel_kernel(
             reach = (a * tl.exp2(last - log)[:, None]).to(dtype)
             carry = tl.trans((b * tl.exp2(log)[:, None]).to(dtype))
         else:
-            theirs = _load_tile(output, token, heads * P, inside, C, P, Q).to(tl.float32)
             if SKIP:
-                both = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-                tl.store(met + token + step, both, mask=inside)
-                tl.store(read + token + step, tl.sum(a.to(tl.float32) * theirs, 1) - direct * both, mask=inside)
-            else:
-                tl.store(read + token + step, tl.sum(a.to(tl.float32) * theirs, 1), mask=inside)
+                tl.store(met + token + step, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), mask=inside)
             if SOURCE:
                 b = (b * weight[:, None]).to(dtype)
             scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
@@ -482,6 +475,8 @@ def channel_kernel(
         d1 = tl.dot(scores, c1, d1, input_precision=PRECISION)
         d2 = tl.dot(reach, high.to(dtype), input_precision=PRECISION)
         d2 = tl.dot(scores, c2, d2, input_precision=PRECISION)
+        o1, o2 = _load_channels(other + token * K, other_table, inside, K, L, C, TABLE)
+        tl.store(moved + token + step, tl.sum(o1.to(tl.float32) * d1 + o2.to(tl.float32) * d2, 1), mask=inside)
         mask = _within(inside, half, K // 2, L)
         if ATOMIC:
             tl.atomic_add(gradient + token * K + place, d1, mask=mask, sem="relaxed")
@@ -525,7 +520,7 @@ def anchor_kernel(kept, after, final, d_final, blocks, anchor, heads, SIZE: tl.c
 
 @triton.jit
 def finish_gates_kernel(
-    read, written, source, anchor, blocks, decay_out, source_out,
+    read, written, d_source, anchor, blocks, decay_out, source_out,
     decay_stride, source_stride, tokens, heads,
     HEADS: tl.constexpr, C: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
@@ -539,12 +534,11 @@ def finish_gates_kernel(
         rows = begin + (count - 1 - i) * C + step
         valid = (rows < end)[:, None] & (head < heads)[None, :]
         place = head[None, :].to(tl.int64) * tokens + rows[:, None]
-        wrote = tl.load(written + place, mask=valid, other=0.0)
         if SOURCE:
             target = source_out + rows[:, None] * source_stride + head[None, :]
-            tl.store(target, wrote.to(source_out.dtype.element_ty), mask=valid)
-            wrote *= tl.load(source + place, mask=valid, other=0.0)
-        change = tl.load(read + place, mask=valid, other=0.0) - wrote
+            weight = tl.load(d_source + place, mask=valid, other=0.0)
+            tl.store(target, weight.to(source_out.dtype.element_ty), mask=valid)
+        change = tl.load(read + place, mask=valid, other=0.0) - tl.load(written + place, mask=valid, other=0.0)
         running = tl.cumsum(change, 0, reverse=True) + later[None, :]
         later += tl.sum(change, 0)
         target = decay_out + rows[:, None] * decay_stride + head[None, :]
