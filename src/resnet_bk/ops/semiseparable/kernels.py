@@ -139,7 +139,8 @@ class Launch:
             "Q": max(64, channels),
             "TABLE": self.table,
             # Six products of bfloat16 parts are as exact as float32 ones; three of TF32 parts are not.
-            "PRECISION": "bf16x6" if value.dtype == torch.float32 else "tf32",
+            # The interpreter knows only "ieee".
+            "PRECISION": "tf32" if value.dtype != torch.float32 else "bf16x6" if value.is_cuda else "ieee",
         }
         self._prepare()
 
