@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from resnet_bk.ops.dispatch import verify_once
-from resnet_bk.ops.semiseparable.rotation import phase_table, rotate
 
 CHUNK = 64
 BLOCK_CHUNKS = 8
@@ -273,14 +272,16 @@ class Launch:
             BLOCK_CHUNKS=BLOCK_CHUNKS, ATOMIC=atomic, SKIP=self.skip is not None, REVERSE=met is None,
             **self.mixing, num_warps=4, num_stages=1,
         )  # fmt: skip
-        return (gradient.sum(0, keepdim=True) if self.copies == 1 and not atomic else gradient), d_table.sum(0)
+        return (gradient.sum(0, keepdim=True) if self.copies == 1 and not atomic else gradient), d_table
 
     def _bias(self, d_table: Tensor, scale: float) -> Tensor:
-        """Gradient of a bias [heads, state] from that of its turned copies [heads, CHUNK, state]."""
-        if self.frequencies is not None:
-            cos, sin = phase_table(torch.arange(CHUNK, device=d_table.device), self.frequencies, torch.float32)
-            d_table = rotate(d_table, cos, -sin)
-        return d_table.sum(1) * scale
+        """Gradient of a bias [heads, state] from that of its turned copies [tables, heads, CHUNK, state]."""
+        bias = d_table.new_empty(self.heads, self.state)
+        self.kernels.finish_bias_kernel[(self.heads,)](
+            d_table, _or(self.frequencies, d_table), bias, d_table.shape[0], self.heads, scale,
+            K=self.state, C=CHUNK, ROTATE=self.flags["ROTATE"], num_warps=4,
+        )  # fmt: skip
+        return bias
 
 
 def _flat(x: Tensor) -> Tensor:

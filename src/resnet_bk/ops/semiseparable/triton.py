@@ -588,3 +588,26 @@ def finish_channels_kernel(
             target = out + rows[:, None] * out_stride + copy * K + channel[None, :]
             tl.store(target, low.to(out.dtype.element_ty), mask=inside[:, None])
             tl.store(target + L, high.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def finish_bias_kernel(
+    d_table, frequency, bias_out, tables, heads, scale,
+    K: tl.constexpr, C: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one head's bias [K]: that of its turned copies, turned back and summed."""
+    L: tl.constexpr = K // 2
+    head = tl.program_id(0)
+    step, half = tl.arange(0, C), tl.arange(0, L)
+    place = step[:, None] * K + half[None, :]
+    low = tl.zeros((C, L), tl.float32)
+    high = tl.zeros((C, L), tl.float32)
+    for table in range(0, tables):
+        base = d_table + (table * heads + head).to(tl.int64) * (C * K)
+        low += tl.load(base + place)
+        high += tl.load(base + L + place)
+    if ROTATE:
+        cos, sin = _phases(step[:, None], tl.load(frequency + half)[None, :])
+        low, high = _turned(low, high, cos, -sin)
+    tl.store(bias_out + head * K + half, tl.sum(low, 0) * scale)
+    tl.store(bias_out + head * K + L + half, tl.sum(high, 0) * scale)
