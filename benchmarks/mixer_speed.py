@@ -96,9 +96,7 @@ class Whole(peers.Core):
 
     def forward(self, projected: Tensor) -> Tensor:
         """Output [batch, time, inner]."""
-        gate, *operands = projected.split(self.mixer.sizes, dim=-1)
-        y, _ = self.mixer.mix(*operands)
-        return gated_norm(y, gate, self.mixer.norm_weight, epsilon=self.mixer.config.norm_epsilon)
+        return self.mixer.core(projected)[0]
 
 
 @dataclass

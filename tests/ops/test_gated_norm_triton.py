@@ -104,14 +104,14 @@ def test_operator_registration():
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):
-    right = kernels._backward
+    right = kernels.backward
 
     def wrong(*arguments):
         d_y, d_gate, d_weight = right(*arguments)
         return d_y, 1.1 * d_gate, d_weight
 
     monkeypatch.setattr(dispatch, "_verified", set())
-    monkeypatch.setattr(kernels, "_backward", wrong)
+    monkeypatch.setattr(kernels, "backward", wrong)
     y, projection, weight, _ = _inputs(6, 2, 16, torch.float32)
     with pytest.raises(BackendError, match=r"gated_norm disagrees .* d_gate 1\.00e-01 \(bound 1e-05\)"):
         gated_norm(y, projection[:, :32], weight, backend="triton")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from resnet_bk.ops.resolvent import (
 )
 from resnet_bk.ops.semiseparable import (
     MixState,
+    has_tiles,
     rotary_frequencies,
     rotate,
     semiseparable_mix,
@@ -133,15 +134,63 @@ class Mixer(nn.Module):
         if state is not None and (isinstance(state, InPlaceState) or self._steps(projection, state, cu_seqlens)):
             out, after = self.step(projection, state)
             return self.out_proj(out).unsqueeze(1), after
-        gate, *operands = projection.split(self.sizes, dim=-1)
-        y, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens)
-        return self.out_proj(gated_norm(y, gate, self.norm_weight, epsilon=self.config.norm_epsilon)), after
+        out, after = self.core(projection, state, cu_seqlens)
+        return self.out_proj(out), after
 
     @property
     def fused_step(self) -> bool:
         """Whether `step` knows this mixer's options: exact dynamics, flux kernel, no phase coupling."""
         config = self.config
         return config.dynamics == "exact" and config.kernel == "flux" and not config.phase_coupling
+
+    @property
+    def step_parameters(self) -> StepParameters:
+        """The parameters of what lies between the two projections, with the options that `fused_step` asks for."""
+        return StepParameters(
+            self.query_bias,
+            self.key_bias,
+            self.absorption_bias,
+            self.potential_scale,
+            self.energy,
+            self.skip,
+            None if self.config.source == "unit" else self.source_bias,
+            self.norm_weight,
+        )
+
+    @property
+    def _core_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "source": config.source,
+            "absorption_floor": config.absorption_floor,
+            "rotary_base": config.rotary_base,
+            "epsilon": config.norm_epsilon,
+        }
+
+    def core(
+        self,
+        projection: Float[Tensor, "batch time width"],
+        state: MixerState | None = None,
+        cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time inner"], MixerState]:
+        """What happens between the two projections: one operator on a GPU, if `fused_step` knows the options."""
+        config = self.config
+        on_gpu = self.fused_step and choose_backend("auto", projection) == "triton"
+        if on_gpu and has_tiles(config.state_size, config.head_dim):
+            from resnet_bk.ops.mixer_core import mixer_core
+
+            green = None if state is None else state.green
+            if green is None and config.boundary == "wall":
+                wall = torch.zeros_like(self.energy, dtype=torch.float32)
+                green = GreenState(wall, wall)
+            memory = None if state is None else state.mix
+            out, mix, green = mixer_core(
+                projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
+            )
+            return out, MixerState(mix, green)
+        gate, *operands = projection.split(self.sizes, dim=-1)
+        y, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens)
+        return gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon), after
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -156,32 +205,15 @@ class Mixer(nn.Module):
         Raises:
             ShapeError: more than one token, or a state without a Green function.
         """
-        config = self.config
         if projection.shape[1] != 1 or state.green is None:
             held = "no Green function" if state.green is None else "a Green function"
             raise ShapeError(
                 f"A step takes one token and a state with a Green function; got {projection.shape[1]} and {held}."
             )
-        parameters = StepParameters(
-            self.query_bias,
-            self.key_bias,
-            self.absorption_bias,
-            self.potential_scale,
-            self.energy,
-            self.skip,
-            None if config.source == "unit" else self.source_bias,
-            self.norm_weight,
-        )
-        options = {
-            "source": config.source,
-            "absorption_floor": config.absorption_floor,
-            "rotary_base": config.rotary_base,
-            "epsilon": config.norm_epsilon,
-        }
-        token = projection[:, 0]
+        token, options = projection[:, 0], self._core_options
         if isinstance(state, InPlaceState):
-            return mixer_step_(token, parameters, state.mix, state.green, **options), state
-        out, mix, green = mixer_step(token, parameters, state.mix, state.green, **options)
+            return mixer_step_(token, self.step_parameters, state.mix, state.green, **options), state
+        out, mix, green = mixer_step(token, self.step_parameters, state.mix, state.green, **options)
         return out, MixerState(mix, green)
 
     def mix(
@@ -217,7 +249,7 @@ class Mixer(nn.Module):
             "skip": None if gates.readout is not None else self.skip,
             "scale": config.state_size**-0.5,
         }
-        if single:
+        if single and state is not None:
             now = [part[:, 0] for part in (query, key, x, gates.log_decay, gates.source)]
             y, mix = semiseparable_step(now[0], now[1], now[2], now[3], state.mix, source=now[4], **options)
             y = y.unsqueeze(1)

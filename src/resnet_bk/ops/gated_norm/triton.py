@@ -59,8 +59,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, y, gate, weight, d_y, d_gate, d_weight, rows, heads, y_stride, gate_stride, epsilon,
-    Y_UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
+    grad, y, gate, weight, d_y, d_gate, d_weight, rows, heads, y_stride, gate_stride, d_gate_stride, epsilon,
+    Y_UNIT: tl.constexpr, GATE_UNIT: tl.constexpr, D_GATE_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(heads, GROUP)
@@ -82,7 +82,9 @@ def _backward_kernel(
         along = cotangent * normed
         total += along * silu
         raw_gradient = along * factor * (sigmoid * (1 + raw - silu))
-        tl.store(d_gate + row * inner + column, raw_gradient.to(d_gate.dtype.element_ty), mask=inside)
+        tl.store(
+            d_gate + row * (d_gate_stride * D_GATE_UNIT) + column, raw_gradient.to(d_gate.dtype.element_ty), mask=inside
+        )
         weighted = factor * silu
         mean = tl.sum(along * weighted, axis=2, keep_dims=True) / CHANNELS
         gradient = scale * (cotangent * weighted - normed * mean)
@@ -99,11 +101,13 @@ def _tile(y: Tensor) -> dict[str, int]:
     return {"CHANNELS": channels, "TOKENS": max(1, _TILE // (group * width)), "GROUP": group, "WIDTH": width}
 
 
-def _strides(y: Tensor, gate: Tensor) -> dict[str, int]:
+def _strides(**operands: Tensor) -> dict[str, int]:
     """Row strides as multiples of a power of two known when the kernel is compiled: 16-byte accesses need it."""
-    units = [math.gcd(x.stride(0), 16) for x in (y, gate)]
-    counts = [x.stride(0) // unit for x, unit in zip((y, gate), units, strict=True)]
-    return {"y_stride": counts[0], "gate_stride": counts[1], "Y_UNIT": units[0], "GATE_UNIT": units[1]}
+    found = {}
+    for name, x in operands.items():
+        unit = math.gcd(x.stride(0), 16)
+        found |= {f"{name}_stride": x.stride(0) // unit, f"{name.upper()}_UNIT": unit}
+    return found
 
 
 def _dense_heads(y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,8 @@ def _dense_heads(y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return y, gate if gate.stride(1) == 1 else gate.contiguous()
 
 
-def _forward(y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def forward(y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Gated norm of y [rows, heads, channels] with gate [rows, inner]."""
     y, gate = _dense_heads(y, gate)
     rows, heads = y.shape[:2]
     out = torch.empty(gate.shape, dtype=y.dtype, device=y.device)
@@ -121,23 +126,27 @@ def _forward(y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     programs = triton.cdiv(rows, tile["TOKENS"]) * triton.cdiv(heads, tile["GROUP"])
     with torch.cuda.device_of(y):
         _forward_kernel[(programs,)](
-            y, gate, weight, out, rows, heads, epsilon=epsilon, **_strides(y, gate), **tile, num_warps=4
+            y, gate, weight, out, rows, heads, epsilon=epsilon, **_strides(y=y, gate=gate), **tile, num_warps=4
         )
     return out
 
 
-def _backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, epsilon: float, d_gate: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, gate and weight; that of the gate in `d_gate`, whose rows may lie apart, if it is given."""
     y, gate = _dense_heads(y, gate)
     rows, heads = y.shape[:2]
     tile = _tile(y)
     parts = triton.cdiv(rows, tile["TOKENS"] * _STEPS)
     d_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+    if d_gate is None:
+        d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     d_weight = torch.empty(parts, weight.numel(), dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
         _backward_kernel[(parts * triton.cdiv(heads, tile["GROUP"]),)](
             grad.contiguous(), y, gate, weight, d_y, d_gate, d_weight, rows, heads, epsilon=epsilon,
-            **_strides(y, gate), **tile, STEPS=_STEPS, num_warps=4,
+            **_strides(y=y, gate=gate, d_gate=d_gate), **tile, STEPS=_STEPS, num_warps=4,
         )  # fmt: skip
     return d_y, d_gate, d_weight.sum(0).to(weight.dtype)
 
@@ -146,7 +155,8 @@ def _backward(grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, epsilon: fl
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def _verify(y: Tensor, gate: Tensor, weight: Tensor) -> None:
+def verify(y: Tensor, gate: Tensor, weight: Tensor) -> None:
+    """Compare the kernels with the chunked form in float64 once for every kind of operands."""
     heads, channels = y.shape[1:]
     dtypes = (y.dtype, gate.dtype, weight.dtype)
 
@@ -159,7 +169,7 @@ def _verify(y: Tensor, gate: Tensor, weight: Tensor) -> None:
         )
         case = (values, wide_gate[:, :-8], factors)
         exact = [x.double() for x in case]
-        ours = (_forward(*case, 1e-5), *_backward(grad, *case, 1e-5))
+        ours = (forward(*case, 1e-5), *backward(grad, *case, 1e-5))
         truth = (gated_norm_op(*exact, 1e-5), *gated_norm_backward_op(grad.double(), *exact, 1e-5))
         names = ("out", "d_y", "d_gate", "d_weight")
         return {
@@ -175,8 +185,8 @@ def gated_norm_triton(y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -
     """Gated norm of y [rows, heads, channels] with gate [rows, inner]; rows of either may lie apart."""
     if y.numel() == 0:
         return y.new_empty(gate.shape)
-    _verify(y, gate, weight)
-    return _forward(y, gate, weight, epsilon)
+    verify(y, gate, weight)
+    return forward(y, gate, weight, epsilon)
 
 
 @torch.library.custom_op("resnet_bk::gated_norm_triton_backward", mutates_args=())
@@ -186,7 +196,7 @@ def gated_norm_triton_backward(
     """Gradients of y, gate and weight."""
     if y.numel() == 0:
         return y.new_empty(y.shape), gate.new_empty(gate.shape), torch.zeros_like(weight)
-    return _backward(grad, y, gate, weight, epsilon)
+    return backward(grad, y, gate, weight, epsilon)
 
 
 @gated_norm_triton.register_fake

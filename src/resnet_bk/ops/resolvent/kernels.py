@@ -29,8 +29,8 @@ def flux_gates_op(
     """Log decay and weight [tokens, heads], parts of the last m [rows, heads], and of m if `save` (else empty)."""
     verify_flux_gates(kind, potential.dtype, potential.device, initial_real is None, cu_seqlens is not None)
     parameters = (potential_scale, energy, absorption_bias, source_bias)
-    medium = _gates_medium(kind, potential, absorption, source, *parameters, floor, initial_real, initial_imag)
-    decay, weight, state_real, state_imag, *m = forward(medium, _layout(potential, rows, cu_seqlens), save)
+    medium = gates_medium(kind, potential, absorption, source, *parameters, floor, initial_real, initial_imag)
+    decay, weight, state_real, state_imag, *m = forward(medium, layout(potential, rows, cu_seqlens), save)
     return decay, weight, state_real, state_imag, m[0], m[1]
 
 
@@ -58,11 +58,11 @@ def flux_gates_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the three raw operands, of the four parameters [4, heads], and of both parts of the initial m."""
     parameters = (potential_scale, energy, absorption_bias, source_bias)
-    medium = _gates_medium(kind, potential, absorption, source, *parameters, floor, initial_real, initial_imag)
-    layout = _layout(potential, rows, cu_seqlens)
+    medium = gates_medium(kind, potential, absorption, source, *parameters, floor, initial_real, initial_imag)
+    place = layout(potential, rows, cu_seqlens)
     grads = (grad_decay.contiguous(), grad_weight.contiguous())
     state = (None, None) if grad_real is None or grad_imag is None else (grad_real.contiguous(), grad_imag.contiguous())
-    d_potential, d_absorption, d_source, *rest = adjoint(medium, layout, (m_real, m_imag), grads, state)
+    d_potential, d_absorption, d_source, *rest = adjoint(medium, place, (m_real, m_imag), grads, state)
     return d_potential, d_absorption, m_real.new_empty(0) if d_source is None else d_source, *rest
 
 
@@ -74,7 +74,7 @@ def causal_resolvent_op(
     verify_resolvent(detuning.device, cu_seqlens is not None)
     initial = _one_stride(initial_real, initial_imag)
     medium = Medium("plain", _dense(detuning), _dense(absorption), initial_real=initial[0], initial_imag=initial[1])
-    real, imag = forward(medium, _layout(detuning, initial_real.shape[0], cu_seqlens), save=True)
+    real, imag = forward(medium, layout(detuning, initial_real.shape[0], cu_seqlens), save=True)
     return real, imag
 
 
@@ -92,13 +92,14 @@ def causal_resolvent_adjoint_op(
     initial = _one_stride(initial_real, initial_imag)
     # The adjoint reads m alone; it stands for the inputs, whose shape and dtype it has.
     medium = Medium("plain", m_real, m_imag, initial_real=initial[0], initial_imag=initial[1])
-    layout = _layout(m_real, initial_real.shape[0], cu_seqlens)
+    place = layout(m_real, initial_real.shape[0], cu_seqlens)
     grads = (grad_real.contiguous(), grad_imag.contiguous())
-    d_detuning, d_absorption, _, _, d_real, d_imag = adjoint(medium, layout, (m_real, m_imag), grads)
+    d_detuning, d_absorption, _, _, d_real, d_imag = adjoint(medium, place, (m_real, m_imag), grads)
     return d_detuning, d_absorption, d_real, d_imag
 
 
-def _layout(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Layout:
+def layout(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Layout:
+    """How operands [tokens, heads] of so many rows are cut into slots."""
     bounds = None if cu_seqlens is None else cu_seqlens.to(x.device).contiguous()
     return Layout(x.shape[0], x.shape[1], rows, bounds)
 
@@ -114,9 +115,10 @@ def _one_stride(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
     return (real, imag) if real.stride(0) == imag.stride(0) else (real.contiguous(), imag.contiguous())
 
 
-def _gates_medium(
+def gates_medium(
     kind, potential, absorption, source, scale, energy, bias, source_bias, floor, initial_real, initial_imag
 ) -> Medium:  # fmt: skip
+    """Raw projections [tokens, heads] and per-head parameters as the kernels read them."""
     a, e, s = _dense(potential), _dense(absorption), None if source is None else _dense(source)
     real, imag = (None, None) if initial_real is None else _one_stride(initial_real, initial_imag)
     return Medium(kind, a, e, s, scale, energy, bias, source_bias, floor, real, imag)

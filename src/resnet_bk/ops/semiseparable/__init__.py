@@ -11,11 +11,11 @@ from torch import Tensor
 from resnet_bk.errors import BackendError, DomainError, ShapeError
 from resnet_bk.ops.dispatch import Backend, choose_backend, compute_dtype, document_boundaries
 from resnet_bk.ops.semiseparable.chunked import semiseparable_op
-from resnet_bk.ops.semiseparable.kernels import fits, semiseparable_triton_op
+from resnet_bk.ops.semiseparable.kernels import has_tiles, semiseparable_triton_op
 from resnet_bk.ops.semiseparable.reference import mix_step, per_head, semiseparable_reference
 from resnet_bk.ops.semiseparable.rotation import phase_table, rotary_frequencies, rotate, rotate_memory
 
-__all__ = ["MixState", "rotary_frequencies", "rotate", "semiseparable_mix", "semiseparable_step"]
+__all__ = ["MixState", "has_tiles", "rotary_frequencies", "rotate", "semiseparable_mix", "semiseparable_step"]
 
 
 class MixState(NamedTuple):
@@ -92,7 +92,7 @@ def semiseparable_mix(
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
     query, key = (x if x.dim() == 4 else x.unsqueeze(2) for x in (query, key))
-    if chosen == "triton" and not fits(state, value.shape[-1]):
+    if chosen == "triton" and not has_tiles(state, value.shape[-1]):
         if backend == "triton":
             raise BackendError(
                 f"the kernels mix states of 32, 64 or 128 and values of 16, 32, 64 or 128 channels; got {state} and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,12 +98,18 @@ class Launch:
     """One call's operands as the kernels want them; forward and backward share its preparation."""
 
     def __init__(
-        self, query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip, position, bounds, scale,
-        epsilon,
-    ) -> None:  # fmt: skip
+        self,
+        operands: tuple[Any, ...],
+        position: Tensor | None,
+        bounds: Tensor | None,
+        scale: float,
+        epsilon: float | None,
+    ) -> None:
+        """`operands` are the first nine of `semiseparable_triton_op`."""
         from resnet_bk.ops.semiseparable import triton as kernels
 
-        self.kernels = kernels
+        self.kernels: Any = kernels
+        query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip = operands
         batch, time, heads, channels = value.shape
         self.heads, self.state, self.channels, self.tokens = heads, query.shape[-1], channels, batch * time
         device = value.device
@@ -110,9 +117,9 @@ class Launch:
             self.plan = _uniform_plan(batch, time, heads, _programs(device), device)
         else:
             self.plan = make_plan(bounds.tolist(), heads, _programs(device), device)
-        self.query, self.key, self.value = (_flat(x) for x in (query, key, value))
-        self.log_decay = _flat(log_decay)
-        self.source = None if source is None else _flat(source)
+        self.query, self.key, self.value = (flat(x) for x in (query, key, value))
+        self.log_decay = flat(log_decay)
+        self.source = None if source is None else flat(source)
         self.copies = query.shape[2]
         self.table = query_bias is not None or key_bias is not None
         zeros = value.new_zeros(heads, self.state) if self.table and None in (query_bias, key_bias) else None
@@ -220,7 +227,7 @@ class Launch:
         """Gradients by name; those of tokens are written into `out` [tokens, ...], whose rows may be strided."""
         plan, value = self.plan, self.value
         wide = {"dtype": torch.float32, "device": value.device}
-        grad_y = _flat(grad_y)
+        grad_y = flat(grad_y)
         blocks = plan.blocks.shape[0]
         after = self._memories(blocks)
         d_initial = torch.empty(plan.rows if need_initial else 0, self.heads, self.state, self.channels, **wide)
@@ -284,7 +291,7 @@ class Launch:
         return bias
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """[batch, time, ...] as [tokens, ...] with dense rows; a view wherever strides allow."""
     batch, time, *rest = x.shape
     dense, expected = True, 1
@@ -309,7 +316,7 @@ def _power_of_two(size: int) -> int:
     return max(1 << (size - 1).bit_length(), 1)
 
 
-def fits(state: int, channels: int) -> bool:
+def has_tiles(state: int, channels: int) -> bool:
     """Whether the kernels have tiles for a state of [state, channels] a head."""
     return state in (32, 64, 128) and channels in (16, 32, 64, 128)
 
@@ -339,8 +346,8 @@ def semiseparable_triton_op(
     """
     operands = (query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip)
     if value.is_cuda:
-        _verify(operands, scale, epsilon)
-    launch = Launch(*operands, position, bounds, scale, epsilon)
+        verify(operands, scale, epsilon)
+    launch = Launch(operands, position, bounds, scale, epsilon)
     y, final, kept = launch.forward(initial, save)
     return y.view(value.shape), final, kept
 
@@ -368,7 +375,7 @@ def semiseparable_triton_backward_op(
 ) -> list[Tensor]:
     """Gradients of the first ten operands, in that order and less `frequencies`; empty where one is absent."""
     operands = (query, key, value, log_decay, source, query_bias, key_bias, frequencies, skip)
-    launch = Launch(*operands, position, bounds, scale, epsilon)
+    launch = Launch(operands, position, bounds, scale, epsilon)
     tokens = {"query": query, "key": key, "value": value, "log_decay": log_decay, "source": source}
     out = {name: x.new_empty(launch.tokens, *x.shape[2:]) for name, x in tokens.items() if x is not None}
     grads = launch.backward(final, kept, grad_y, grad_final, initial is not None, out)
@@ -420,7 +427,7 @@ semiseparable_triton_op.register_autograd(_backward, setup_context=_save)
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def _verify(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | None) -> None:
+def verify(operands: tuple[Any, ...], scale: float, epsilon: float | None) -> None:
     """Compare the kernels with the float64 reference once for every combination of sizes and options."""
     query, value = operands[0], operands[2]
     options = tuple(x is not None for x in operands[4:])
@@ -428,7 +435,7 @@ def _verify(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | 
     verify_once("semiseparable_mix", shape_class, lambda: _errors(operands, scale, epsilon))
 
 
-def _errors(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | None) -> dict[str, tuple[float, float]]:
+def _errors(operands: tuple[Any, ...], scale: float, epsilon: float | None) -> dict[str, tuple[float, float]]:
     """Relative errors of outputs and gradients on 600 random tokens in two packed documents, and their bounds."""
     from resnet_bk.ops.semiseparable.reference import semiseparable_reference
 
@@ -446,7 +453,7 @@ def _errors(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | 
     def draw(shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(value.device)
 
-    case: dict[str, Tensor | None] = {}
+    case: dict[str, Any] = {}
     for (name, shape), given in zip(shapes.items(), operands, strict=True):
         if given is None or shape is None:
             case[name] = given
@@ -455,7 +462,7 @@ def _errors(operands: tuple[Tensor | None, ...], scale: float, epsilon: float | 
     case["log_decay"] = -0.05 * case["log_decay"].abs()
     initial, position = draw((2, heads, state, channels)).float(), torch.tensor([5, 0], device=value.device)
     grad_y, grad_final = draw(case["value"].shape).to(dtype), draw(initial.shape).float()
-    launch = Launch(*case.values(), position, torch.tensor(bounds), scale, epsilon)
+    launch = Launch(tuple(case.values()), position, torch.tensor(bounds), scale, epsilon)
     y, final, kept = launch.forward(initial, True)
     tokens = {name: case[name] for name in ("query", "key", "value", "log_decay", "source") if case[name] is not None}
     out = {name: x.new_empty(time, *x.shape[2:]) for name, x in tokens.items()}

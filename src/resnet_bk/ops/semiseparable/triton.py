@@ -7,7 +7,7 @@ position but the frames of the first and last memory. Channel pairs (p, p + K / 
 turn exchanges no data between threads.
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 
 import triton
 import triton.language as tl
