@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_bk.errors import BackendError, ShapeError
 
@@ -124,13 +125,28 @@ def document_boundaries(cu_seqlens: Tensor, batch: int, time: int) -> list[int]:
         raise ShapeError(
             f"cu_seqlens must be a 1-D integer tensor; got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}."
         )
-    bounds = cu_seqlens.tolist()
+    bounds = _values(cu_seqlens)
     increasing = all(left < right for left, right in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or not increasing:
         raise ShapeError(
             f"cu_seqlens must increase strictly from 0 to the {time} tokens given; got {_shorten(bounds)}."
         )
     return bounds
+
+
+# What boundaries were read from the device, for as long as the tensor lives: every layer of a step asks again.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _values(x: Tensor) -> list[int]:
+    """The elements of `x`, read from its device once unless it is written to."""
+    if torch.compiler.is_compiling() or x.is_inference():  # such tensors do not count their writes
+        return x.tolist()
+    known: tuple[int, list[int]] | None = _read.get(x)
+    if known is None or known[0] != x._version:
+        known = (x._version, x.tolist())
+        _read[x] = known
+    return known[1]
 
 
 def _shorten(values: list[int]) -> str:
