@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -126,6 +127,28 @@ def test_exact_factorisation_is_as_good_as_the_truncated_svd(seed: int, sites: i
     assert factorise_hermitian(whole, rank=sites).error < 1e-11
 
 
+@given(seed=seeds, sites=st.integers(3, 30), rank=st.integers(0, 3))
+def test_refinement_of_the_tridiagonal_part_never_loses_and_stays_hermitian(seed: int, sites: int, rank: int):
+    generator = torch.Generator().manual_seed(seed)
+    whole = complex_normal(sites, sites, generator=generator)
+    whole = whole + whole.mH
+    found = [factorise_hermitian(whole, rank=rank, refinements=steps) for steps in range(4)]
+    for before, after in itertools.pairwise(found):
+        assert after.error <= before.error + 1e-11
+        assert abs(after.error - float((after.dense() - whole).norm())) < 1e-11
+        assert float((after.dense() - after.dense().mH).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["exact", "randomised"])
+def test_refinement_recovers_a_matrix_that_is_semiseparable(method):
+    whole = random_matrix(64, 2, torch.Generator().manual_seed(3), hermitian=True).dense()
+    generator = torch.Generator().manual_seed(0)
+    plain = factorise_hermitian(whole, rank=2, method=method, generator=generator)
+    refined = factorise_hermitian(whole, rank=2, method=method, refinements=40, generator=generator)
+    assert refined.error < 1e-12  # measured 9e-16, from 0.12 without refinement
+    assert plain.error > 0.1
+
+
 def long_range(sites: int) -> Tensor:
     position = torch.linspace(0.0, 1.0, sites, dtype=torch.float64)
     return torch.exp(-((position[:, None] - position[None, :]) ** 2))
@@ -220,6 +243,8 @@ def test_bad_matrices_to_factorise_are_named():
         factorise_hermitian(whole.tril())
     with pytest.raises(DomainError, match="rank"):
         factorise_hermitian(whole, rank=9)
+    with pytest.raises(DomainError, match="refinements"):
+        factorise_hermitian(whole, refinements=-1)
     with pytest.raises(DomainError, match="generator"):
         factorise_hermitian(whole, method="randomised")
     with pytest.raises(DomainError, match="method"):

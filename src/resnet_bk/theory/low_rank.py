@@ -180,6 +180,7 @@ def factorise_hermitian(
     *,
     rank: int | None = None,
     method: FactorMethod = "exact",
+    refinements: int = 0,
     generator: torch.Generator | None = None,
 ) -> Semiseparable:
     r"""Returns T + V Lambda V^H close to a Hermitian matrix: its tridiagonal part and a Hermitian low-rank correction.
@@ -191,6 +192,7 @@ def factorise_hermitian(
         matrix: float64 or complex128 [sites, sites], finite and Hermitian to rounding, units of energy.
         rank: of the correction, 0 <= rank <= sites; ceil(log2 sites) unless given.
         method: "exact" or "randomised".
+        refinements: how often to refit T to what the correction leaves, and the correction to the rest, >= 0.
         generator: seeded source of the sketch; required by "randomised", unused by "exact".
 
     Returns:
@@ -200,10 +202,12 @@ def factorise_hermitian(
         ShapeError: not a square float64 or complex128 matrix.
         DomainError: empty, not finite, not Hermitian, a rank outside its range, a missing generator, an unknown method.
 
-    Theorem: "exact" is the best approximation of R of that rank, in Frobenius and operator norm; with either method the
+    Theorem: "exact" is the best approximation of R of that rank, in Frobenius and operator norm, and its error never
+        grows with `refinements` (each half-step is a best approximation); with either method the
         resolvent keeps its bound 1 / min(absorption) and moves by at most error / min(absorption)^2.
-    Not claimed: that log2(sites) is enough for a given matrix (read `error`), or that T is the best tridiagonal part.
-    Cost: O(sites^3) work for "exact", O(sites^2 * rank) for "randomised".
+    Not claimed: that log2(sites) is enough for a given matrix (read `error`), or that the refinements
+        find the best pair T, R.
+    Cost: O(sites^3) work for "exact", O(sites^2 * rank) for "randomised", per refinement.
     Source: Eckart and Young 1936; Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.3.
     """
     if matrix.dtype not in (torch.float64, torch.complex128) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -215,6 +219,10 @@ def factorise_hermitian(
     rank = default_rank(sites) if rank is None else rank
     if not 0 <= rank <= sites:
         raise DomainError(f"rank = {rank}: expected 0 <= rank <= {sites}, the number of sites; choose one in between")
+    if refinements < 0:
+        raise DomainError(
+            f"refinements = {refinements}: expected >= 0; 0 keeps the tridiagonal part of the matrix as T"
+        )
     _check_finite("matrix", matrix)
     asymmetry = float((matrix - matrix.mH).abs().max())
     if asymmetry > 1e-12 * float(matrix.abs().max()):
@@ -223,17 +231,29 @@ def factorise_hermitian(
         )
     whole = matrix.to(torch.complex128)
     whole = 0.5 * (whole + whole.mH)
-    diagonal, hopping = whole.diagonal().real.clone(), whole.diagonal(-1).clone()
     rest = whole.tril(-2) + whole.triu(2)
+    values, vectors = _largest_eigenpairs(rest, rank, method, generator)
+    for _ in range(refinements):
+        left_over = whole - (vectors * values) @ vectors.mH
+        rest = whole - left_over.tril(1).triu(-1)
+        values, vectors = _largest_eigenpairs(rest, rank, method, generator)
+    error = float(torch.linalg.matrix_norm(rest - (vectors * values) @ vectors.mH))
+    band = whole - rest
+    return Semiseparable(band.diagonal().real.clone(), band.diagonal(-1).clone(), vectors * values, vectors, error)
+
+
+def _largest_eigenpairs(
+    rest: Tensor, rank: int, method: FactorMethod, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the `rank` eigenvalues of largest modulus of a Hermitian matrix (or of its sketch) and their vectors."""
     if method == "exact":
         values, vectors = torch.linalg.eigh(rest)
     elif method == "randomised":
         if generator is None:
             raise DomainError("generator = None: the randomised method expects a seeded torch.Generator; pass one")
-        sketch = min(sites, rank + OVERSAMPLING)
-        probe = torch.randn(sites, sketch, dtype=torch.complex128, generator=generator)
-        basis = torch.linalg.qr(rest @ probe).Q
-        for _ in range(POWER_STEPS):
+        sketch = min(rest.shape[0], rank + OVERSAMPLING)
+        basis = torch.randn(rest.shape[0], sketch, dtype=torch.complex128, generator=generator)
+        for _ in range(1 + POWER_STEPS):
             basis = torch.linalg.qr(rest @ basis).Q
         inner = basis.mH @ rest @ basis
         values, vectors = torch.linalg.eigh(0.5 * (inner + inner.mH))
@@ -241,9 +261,7 @@ def factorise_hermitian(
     else:
         raise DomainError(f"method = {method!r}: expected 'exact' or 'randomised'; choose one of them")
     keep = values.abs().argsort(descending=True)[:rank]
-    values, vectors = values[keep], vectors[:, keep]
-    error = float(torch.linalg.matrix_norm(rest - (vectors * values) @ vectors.mH))
-    return Semiseparable(diagonal, hopping, vectors * values, vectors, error)
+    return values[keep], vectors[:, keep]
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
