@@ -3,6 +3,7 @@
 A lane is one head of one *slot*, a stretch of up to `chunk` tokens of one row (a sequence of the batch or a packed
 document). Slots never cross rows, so no loop over sites looks for document starts; the first slot of a row composes
 to a constant map instead. Loops take `_SITES` sites at a time and begin with all their loads.
+One long file, because only a `triton.py` may import Triton.
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false

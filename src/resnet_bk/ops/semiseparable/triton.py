@@ -4,7 +4,7 @@ Tokens of all rows lie on one axis. Every row (sequence or packed document) is c
 of C tokens; a program walks the chunks of one segment and head with the memory in registers. Queries and keys come
 turned by their distance from the start of their chunk, so the memory is turned once a chunk and nothing depends on the
 position but the frames of the first and last memory. Channel pairs (p, p + K / 2) are kept in two halves, so that a
-turn exchanges no data between threads.
+turn exchanges no data between threads. One long file, because only a `triton.py` may import Triton.
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
