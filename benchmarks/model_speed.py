@@ -183,7 +183,7 @@ class Bench:
             else:
                 runs[kind] = training.step(batch, time_)
         with self._noting_loss("train " + preset, preset, batch, time_):
-            found |= self.clock.alternate(runs, seconds=10.0, least=0, most=8, run_ahead=0.0)
+            found |= self.clock.alternate(runs, seconds=6.0, least=0, most=6, run_ahead=0.0)
         for kind, timing in found.items():
             key = self._key("train " + preset, kind, batch, time_)
             model = trainings[kind].model
