@@ -74,6 +74,8 @@ class Mixer(nn.Module):
         config: sizes and switches; see `ModelConfig`.
     """
 
+    state_class = MixerState
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from resnet_bk.errors import ConfigError
 
+MixerKind = Literal["resolvent", "attention", "mamba2", "mamba3"]
 Dynamics = Literal["exact", "semiclassical", "decay_only"]
 Kernel = Literal["flux", "transmission", "green"]
 Source = Literal["gated", "free", "unit"]
@@ -27,6 +28,14 @@ class ModelConfig:
     """Width of the residual stream."""
     num_layers: int = 12
     """Number of blocks, each a mixer and a feed-forward."""
+    mixer: MixerKind = "resolvent"
+    """What mixes tokens in every block: this library's own mixer, or a baseline in its place."""
+    attention_every: int = 0
+    """Every so many blocks, the last of them mixes by attention instead (a hybrid); 0 is no such block."""
+    attention_window: int = 0
+    """Tokens that a query of attention sees, itself included; 0 is all before it."""
+    attention_head_dim: int = 64
+    """Channels per head of attention; even, and `d_model` must be a multiple of it where there is attention."""
     feed_forward_dim: int = 1792
     """Hidden width of the SwiGLU feed-forward."""
     expand: int = 2
@@ -60,10 +69,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
-        for name in ("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"model.{name} is {value!r}; expected a whole number >= 1.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"model.{name} is {value!r}; expected a whole number >= {least}.")
         for name, options in _CHOICES.items():
             if getattr(self, name) not in options:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}.")
@@ -78,10 +87,28 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}.")
         if self.state_size % 2:
             raise ConfigError(f"model.state_size is {self.state_size}; it must be even (rotary phases act on pairs).")
+        if self.attention_every > self.num_layers:
+            raise ConfigError(
+                f"model.attention_every is {self.attention_every}, but there are only {self.num_layers} blocks, so "
+                "none would mix by attention; lower it, or set 0 for none."
+            )
+        if "attention" in self.mixers and (self.d_model % self.attention_head_dim or self.attention_head_dim % 2):
+            raise ConfigError(
+                f"model.attention_head_dim is {self.attention_head_dim}; it must be even and divide d_model = "
+                f"{self.d_model}."
+            )
         if self.phase_coupling and self.dynamics == "decay_only":
             raise ConfigError(
                 "model.phase_coupling needs a potential; dynamics 'decay_only' has none. Set one of them."
             )
+
+    @property
+    def mixers(self) -> tuple[MixerKind, ...]:
+        """What mixes tokens in each block, first to last."""
+        every = self.attention_every
+        return tuple(
+            "attention" if every and place % every == 0 else self.mixer for place in range(1, self.num_layers + 1)
+        )
 
     @property
     def inner_dim(self) -> int:
@@ -135,7 +162,15 @@ def unknown_key_message(key: str, known: list[str], *, what: str = "configuratio
     return f"Unknown {what} {key!r}; {hint}"
 
 
+_LEAST = {
+    **dict.fromkeys(("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"), 1),
+    "attention_head_dim": 1,
+    "attention_every": 0,
+    "attention_window": 0,
+}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "mixer": ("resolvent", "attention", "mamba2", "mamba3"),
     "dynamics": ("exact", "semiclassical", "decay_only"),
     "kernel": ("flux", "transmission", "green"),
     "source": ("gated", "free", "unit"),

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_bk.layers.mixer import InPlaceState, Mixer
+from resnet_bk.layers.mixer import InPlaceState, Mixer, MixerState
 from resnet_bk.models.prefill import evaluate
 from resnet_bk.models.sampling import GenerationConfig, draw, keep_top_k, keep_top_p, penalize_repetition
 from resnet_bk.ops.dispatch import choose_backend
@@ -17,7 +17,7 @@ from resnet_bk.ops.resolvent import GreenState
 from resnet_bk.ops.semiseparable import MixState
 
 if TYPE_CHECKING:
-    from resnet_bk.models.resnet_bk import LanguageModel, ModelState
+    from resnet_bk.models.resnet_bk import Block, LanguageModel, ModelState
 
 
 class Decoder:
@@ -96,7 +96,7 @@ class Decoder:
         """The choice after one more token; everything that a graph replays."""
         hidden, self.state = evaluate(self._model, self._tokens[:, None], state=self.state)
         if self.in_place:
-            self.state.layers[0].mix.position.add_(1)
+            cast(MixerState, self.state.layers[0]).mix.position.add_(1)
         return self._choose(hidden[:, -1])
 
     def _replay(self) -> Tensor:
@@ -171,23 +171,24 @@ def choose_tokens(
 def captures(model: LanguageModel) -> bool:
     """Whether decoding runs in place and in a CUDA graph.
 
-    It does on CUDA devices where the Triton kernels run, except for: mixers with options that the fused step does not
-    know (`Mixer.fused_step`), float64, models with forward hooks (a replay would not call them), and calls under
-    autocast (whose cached casts would be freed under the graph).
+    It does on CUDA devices where the Triton kernels run, except for: models with another mixer than `Mixer` in a block,
+    mixers with options that the fused step does not know (`Mixer.fused_step`), float64, models with forward hooks (a
+    replay would not call them), and calls under autocast (whose cached casts would be freed under the graph).
     """
     weight = model.output_weight
     if not weight.is_cuda or choose_backend("auto", weight) != "triton" or torch.is_autocast_enabled("cuda"):
         return False
-    modules = list(model.modules())
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return not hooked and all(module.fused_step for module in modules if isinstance(module, Mixer))
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    mixers = [cast("Block", block).mixer for block in model.blocks]
+    return not hooked and all(isinstance(mixer, Mixer) and mixer.fused_step for mixer in mixers)
 
 
 def owned(state: ModelState) -> ModelState:
     """`state` as layers overwrite it: contiguous float32 tensors, and one position for all layers."""
-    position = state.layers[0].mix.position
+    mixers = cast(tuple[MixerState, ...], state.layers)
+    position = mixers[0].mix.position
     layers = []
-    for mixer in state.layers:
+    for mixer in mixers:
         green = GreenState(*(part.float().contiguous() for part in cast(GreenState, mixer.green)))
         layers.append(InPlaceState(MixState(mixer.mix.memory.float().contiguous(), position), green))
     return state._replace(layers=tuple(layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_bk.errors import MemoryLimitError
+from resnet_bk.layers.attention import join_rows
 
 if TYPE_CHECKING:
     from resnet_bk.models.config import ModelConfig
@@ -72,12 +74,7 @@ def evaluate(model: LanguageModel, ids: Tensor, **options: Any) -> tuple[Tensor,
 
 def _join(states: list[ModelState]) -> ModelState:
     """The rows of all states in one."""
-    tensors: list[list[Tensor]] = []
-    for state in states:
-        column: list[Tensor] = []
-        state.map(lambda tensor, column=column: column.append(tensor) or tensor)
-        tensors.append(column)
-    joined = iter([torch.cat(parts) for parts in zip(*tensors, strict=True)])
+    joined = iter([join_rows(parts) for parts in zip(*(state.tensors for state in states), strict=True)])
     return states[0].map(lambda _: next(joined))
 
 
@@ -97,7 +94,11 @@ def memory_needed(
     width = 6 * (config.d_model + config.inner_dim) + 5 * config.feed_forward_dim + 4 * config.state_size
     if config.phase_coupling:
         width += 4 * config.num_heads * config.state_size
-    memory = config.num_layers * config.inner_dim * config.state_size
+    memory = (len(config.mixers) - config.mixers.count("attention")) * config.inner_dim * config.state_size
+    if "attention" in config.mixers:
+        # Every row has as many slots as the longest prompt fills.
+        slots = min(max(prompt_lengths, default=0), config.attention_window or math.inf)
+        memory += config.mixers.count("attention") * 2 * config.d_model * int(slots)
     return {
         "states": 3 * rows * memory * itemsize,  # before and after a step, and while rows are joined or dropped
         "one segment": max(rows, min(total, segment_tokens)) * width * itemsize,

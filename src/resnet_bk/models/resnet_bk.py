@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resnet_bk.errors import DomainError, ShapeError
+from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.feed_forward import FeedForward
 from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models import checkpoint as checkpoints
@@ -28,10 +29,23 @@ if TYPE_CHECKING:
     from resnet_bk.tokenizer import Tokenizer
 
 
-class ModelState(NamedTuple):
-    """Decode state of a whole model: one `MixerState` a layer, one row a sequence, constant size."""
+TokenMixer = Mixer | Attention
+LayerState = MixerState | AttentionState
+MIXERS: dict[str, type[TokenMixer]] = {"resolvent": Mixer, "attention": Attention}
+"""What can mix tokens in a block, by `ModelConfig.mixers`.
 
-    layers: tuple[MixerState, ...]
+Each is built from the configuration, has `out_proj`, `state_class` and `reset_parameters`, and maps tokens, state and
+boundaries to mixed tokens and the state after them, whose tensors have one row a sequence.
+"""
+
+
+class ModelState(NamedTuple):
+    """Decode state of a whole model: one state a layer, one row a sequence.
+
+    Its size is constant, but for layers of attention without a window, which keep every token.
+    """
+
+    layers: tuple[LayerState, ...]
 
     def map(self, function) -> ModelState:
         """The state with `function` applied to every tensor."""
@@ -46,11 +60,16 @@ class ModelState(NamedTuple):
         return self.map(Tensor.detach)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, layer by layer."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        sizes: list[int] = []
-        self.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
-        return sum(sizes)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def _map_tensors(value: Any, function) -> Any:
@@ -75,17 +94,17 @@ class LanguageModelOutput:
 class Block(nn.Module):
     """Pre-norm residual block: mixer, then feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: str = "resolvent") -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.mixer = Mixer(config)
+        self.mixer = MIXERS[mixer](config)
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config.d_model, config.feed_forward_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "batch time d_model"], state: MixerState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
+        self, x: Float[Tensor, "batch time d_model"], state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Float[Tensor, "batch time d_model"], LayerState]:
         """The residual stream after the block, and the mixer's state."""
         mixed, after = self.mixer(self.mixer_norm(x), state, cu_seqlens)
         x = x + self.dropout(mixed)
@@ -94,6 +113,9 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     """Causal language model whose token mixing is the half-line resolvent of a Jacobi matrix.
+
+    `config.mixer` puts a baseline in the mixer's place, and `config.attention_every` makes a hybrid; everything else
+    stays the same.
 
     Args:
         config: architecture; see `ModelConfig` and `ModelConfig.preset`.
@@ -113,7 +135,7 @@ class LanguageModel(nn.Module):
         self.generation_config: generation.GenerationConfig | None = None
         self.segment_tokens = 8192
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -124,17 +146,17 @@ class LanguageModel(nn.Module):
 
         Matrices are normal with standard deviation (3 fan_in)^(-1/2); those that write to the residual stream are
         divided by sqrt(2 num_layers). The embedding has standard deviation 0.02. Norms start at 1, per-head
-        parameters as `Mixer.reset_parameters` says.
+        parameters as the mixer's `reset_parameters` says.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
-            elif isinstance(module, Mixer):
+            elif isinstance(module, TokenMixer):
                 module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, Mixer | FeedForward):
+            if isinstance(module, TokenMixer | FeedForward):
                 module.out_proj.weight.div_(math.sqrt(2 * self.config.num_layers))
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -198,19 +220,28 @@ class LanguageModel(nn.Module):
         self._check_ids(input_ids)
         if state is not None:
             rows = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-            held = len(state.layers), state.layers[0].mix.memory.shape[0]
+            held = len(state.layers), state.tensors[0].shape[0]
             if held != (len(self.blocks), rows):
                 raise ShapeError(
                     f"state holds {held[0]} layers of {held[1]} sequences; expected {len(self.blocks)} of {rows}. "
                     "Pass the state that this model returned for the same sequences."
                 )
-        # Packed documents may end anywhere, so they are not cut in time; only their activations are recomputed.
+            for place, (block, held) in enumerate(zip(self.blocks, state.layers, strict=True), start=1):
+                expected = cast(Block, block).mixer.state_class
+                if not isinstance(held, expected):
+                    raise ShapeError(
+                        f"state of layer {place} is a {type(held).__name__}; expected {expected.__name__}. Pass the "
+                        "state that this model returned."
+                    )
+        # Packed documents may end anywhere, so they are not cut in time; only their activations are recomputed. Nor is
+        # time cut in training where attention sees everything: each segment would keep all keys before it.
         long = input_ids.numel() > self.segment_tokens
         step = input_ids.shape[1]
-        if long and cu_seqlens is None:
-            step = max(64, self.segment_tokens // input_ids.shape[0] // 64 * 64)
-        states: list[MixerState | None] = [None] * len(self.blocks) if state is None else list(state.layers)
-        following: list[MixerState] = []
+        whole = "attention" in self.config.mixers and not self.config.attention_window and torch.is_grad_enabled()
+        if long and cu_seqlens is None and not whole:
+            step = max(64, self.config.attention_window, self.segment_tokens // input_ids.shape[0] // 64 * 64)
+        states: list[LayerState | None] = [None] * len(self.blocks) if state is None else list(state.layers)
+        following: list[LayerState] = []
         parts = []
         for ids in input_ids.split(step, dim=1):
             x = self.embedding(ids)
