@@ -210,11 +210,7 @@ def factorise_hermitian(
     Cost: O(sites^3) work for "exact", O(sites^2 * rank) for "randomised", per refinement.
     Source: Eckart and Young 1936; Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.3.
     """
-    if matrix.dtype not in (torch.float64, torch.complex128) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ShapeError(
-            f"matrix: found {matrix.dtype} {list(matrix.shape)}, expected float64 or complex128 [sites, sites]; "
-            "convert it and pass one square matrix"
-        )
+    whole = checked_hermitian(matrix)
     sites = matrix.shape[0]
     rank = default_rank(sites) if rank is None else rank
     if not 0 <= rank <= sites:
@@ -223,14 +219,6 @@ def factorise_hermitian(
         raise DomainError(
             f"refinements = {refinements}: expected >= 0; 0 keeps the tridiagonal part of the matrix as T"
         )
-    _check_finite("matrix", matrix)
-    asymmetry = float((matrix - matrix.mH).abs().max())
-    if asymmetry > 1e-12 * float(matrix.abs().max()):
-        raise DomainError(
-            f"matrix: differs from its adjoint by {asymmetry:.3e}, expected a Hermitian matrix; pass (H + H^H) / 2"
-        )
-    whole = matrix.to(torch.complex128)
-    whole = 0.5 * (whole + whole.mH)
     rest = whole.tril(-2) + whole.triu(2)
     values, vectors = _largest_eigenpairs(rest, rank, method, generator)
     for _ in range(refinements):
@@ -240,6 +228,21 @@ def factorise_hermitian(
     error = float(torch.linalg.matrix_norm(rest - (vectors * values) @ vectors.mH))
     band = whole - rest
     return Semiseparable(band.diagonal().real.clone(), band.diagonal(-1).clone(), vectors * values, vectors, error)
+
+
+def checked_hermitian(matrix: Tensor) -> Tensor:
+    """Returns (H + H^H) / 2 in complex128; raises ShapeError or DomainError unless H is Hermitian to rounding."""
+    if matrix.dtype not in (torch.float64, torch.complex128) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        found = f"{matrix.dtype} {list(matrix.shape)}"
+        raise ShapeError(f"matrix: found {found}, expected float64 or complex128 [sites, sites]; convert or reshape it")
+    _check_finite("matrix", matrix)
+    asymmetry = float((matrix - matrix.mH).abs().max())
+    if asymmetry > 1e-12 * float(matrix.abs().max()):
+        raise DomainError(
+            f"matrix: differs from its adjoint by {asymmetry:.3e}, expected a Hermitian matrix; pass (H + H^H) / 2"
+        )
+    whole = matrix.to(torch.complex128)
+    return 0.5 * (whole + whole.mH)
 
 
 def _largest_eigenpairs(
