@@ -40,9 +40,9 @@ class Task(ABC):
     name: ClassVar[str]
     """Key in `TASKS`."""
 
-    length: int
+    length: int = 256
     """Tokens of a training row."""
-    evaluation_lengths: tuple[int, ...]
+    evaluation_lengths: tuple[int, ...] = (256,)
     """Tokens of evaluation rows, beyond the training length too."""
 
     def __post_init__(self) -> None:

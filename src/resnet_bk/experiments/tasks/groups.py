@@ -26,7 +26,7 @@ def _products(degree: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _field(prime: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Letters S, T and T^-1 as rows of matrix entries [3, 4] modulo `prime`, and inverses [prime], that of 0 being 0."""
+    """Entries of the letters S, T and T^-1 modulo `prime` [3, 4], and inverses of all numbers [prime], 0 for 0."""
     letters = torch.tensor([[0, -1, 1, 0], [1, 1, 0, 1], [1, -1, 0, 1]], device=device) % prime
     return letters, torch.tensor([0, *(pow(n, -1, prime) for n in range(1, prime))], device=device)
 
