@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from resnet_bk.errors import DomainError, ShapeError
+from resnet_bk.theory.tridiagonal import TridiagonalSolve
 
 FactorMethod = Literal["exact", "randomised"]
 
@@ -113,17 +114,9 @@ def tridiagonal_resolvent(
 
 
 def _tridiagonal_solve(diagonal: Tensor, hopping: Tensor, absorption: Tensor, vectors: Tensor, energy: float) -> Tensor:
-    alpha = torch.complex(diagonal - energy, -absorption).unbind()
-    below, rows = hopping.unbind(), list(vectors.unbind())
-    pivots = [alpha[0]]
-    for i in range(1, len(rows)):
-        factor = below[i - 1] / pivots[-1]
-        pivots.append(alpha[i] - factor * below[i - 1].conj())
-        rows[i] = rows[i] - factor * rows[i - 1]
-    rows[-1] = rows[-1] / pivots[-1]
-    for i in range(len(rows) - 2, -1, -1):
-        rows[i] = (rows[i] - below[i].conj() * rows[i + 1]) / pivots[i]
-    return torch.stack(rows)
+    alpha = torch.complex(diagonal - energy, -absorption)
+    solved: Any = TridiagonalSolve.apply(alpha, hopping, hopping.conj(), vectors)
+    return solved
 
 
 def semiseparable_resolvent(
