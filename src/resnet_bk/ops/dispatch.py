@@ -19,6 +19,9 @@ from resnet_bk.errors import BackendError, ShapeError
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
+# Looked up here, because a graph that contains the look-up does not compile.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose_backend(backend: str, operand: Tensor, *, kernels: bool = True) -> str:
     """The backend that runs: `auto` is `triton` where the kernels run on `operand`, else `chunked`.
@@ -48,7 +51,7 @@ def _obstacle(operand: Tensor) -> str | None:
     """Why the Triton kernels cannot run on `operand`; None if they can."""
     if operand.dtype == torch.float64:
         return "the kernels compute in float32 and the operands are float64"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if operand.device.type == "cpu":
         # Triton's interpreter runs kernels on the CPU, for tests.
@@ -58,11 +61,6 @@ def _obstacle(operand: Tensor) -> str | None:
     if torch.version.cuda and _capability(operand.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache
