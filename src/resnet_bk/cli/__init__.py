@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model from a YAML configuration",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure a trained model on a corpus",
+    "benchmark": "compare models under equal conditions",
     "info": "show versions, devices and presets, or what a checkpoint holds",
     "demo": "train, compare with baselines, plot and write a sample",
 }

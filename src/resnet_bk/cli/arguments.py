@@ -50,14 +50,20 @@ class Parser(ArgumentParser):
 
 
 def parse_run_config(command: str, description: str, arguments: Sequence[str]) -> RunConfig:
-    """The `RunConfig` that the arguments of `command` describe.
+    """The `RunConfig` that the arguments of `command` describe; see `run_parser`."""
+    parser = run_parser(command, description, arguments)
+    return run_config(parser, parser.parse(arguments))
+
+
+def run_parser(command: str, description: str, arguments: Sequence[str]) -> Parser:
+    """A parser of the sections model, data and training, to which a command may add options of its own.
 
     `--config FILE` may be given more than once; later files, then `--section.key value`, win. `model.preset` (in a
     file or as an option) fills the model section first. A help request prints and exits, as argparse does.
 
     Raises:
         ConfigError: an unknown key (names the nearest, or what replaces a prototype's key), a wrong type or value,
-            or a file that cannot be read as YAML.
+            or a file that cannot be read as YAML; by this function for the files, by `parse` for the rest.
     """
     parser = Parser(
         command,
@@ -75,10 +81,14 @@ def parse_run_config(command: str, description: str, arguments: Sequence[str]) -
     if named:
         values = ModelConfig.preset(str(named[-1])).to_dict()
         parser.set_defaults({f"model.{name}": value for name, value in values.items()})
+    return parser
 
-    parsed = parser.parse(arguments)
-    parsed.pop(_PRESET)
-    instances = parser.instantiate(parsed)
+
+def run_config(parser: Parser, parsed: Namespace) -> RunConfig:
+    """The `RunConfig` among what a `run_parser` parsed."""
+    sections = parsed.clone()
+    sections.pop(_PRESET)
+    instances = parser.instantiate(sections)
     return RunConfig(**{field.name: instances[field.name] for field in dataclasses.fields(RunConfig)})
 
 

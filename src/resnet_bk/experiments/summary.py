@@ -1,0 +1,169 @@
+"""What several runs of an arm come to: mean, spread, and whether a difference is larger than the seeds make it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_bk.experiments.trial import DONE, parse_curve, tokens_to_reach
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds, with n - 1; None for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the ranges of the values overlap: then the seeds' spread covers the difference of the means."""
+        return min(self.values) <= max(other.values) and min(other.values) <= max(self.values)
+
+    def __str__(self) -> str:
+        deviation = self.deviation
+        return f"{self.mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """An arm at its best rate."""
+
+    name: str
+    rate: float
+    rates: tuple[float, ...]
+    """Those of the sweep."""
+    parameters: int
+    """Without embeddings."""
+    seeds: tuple[int, ...]
+    validation: Spread
+    """Perplexity."""
+    test: Spread | None
+    """Perplexity; None without a test split."""
+    bits_per_byte: Spread | None
+    """Of the validation split; None where the bytes are not known."""
+    tokens_per_second: float
+    """Median."""
+    peak_bytes: int | None
+    reading: str
+    """How validation and test were read: stream, windows, or both among the seeds."""
+    curves: tuple[tuple[tuple[int, float, float], ...], ...]
+    """One a seed; see `trial.parse_curve`."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the first or last of a sweep, so that a better one may lie beyond."""
+        return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
+
+
+def summarise(rows: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> list[ArmSummary]:
+    """One summary for each arm that has results, in order of appearance.
+
+    The rate is that of the lowest validation loss with the first of `seeds` that the arm was run with; runs at other
+    rates do not enter the means.
+    """
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["metrics"]["outcome"] == DONE:
+            by_arm.setdefault(row["metrics"]["arm"], []).append(row)
+    return [_summary(name, runs, seeds) for name, runs in by_arm.items()]
+
+
+def _summary(name: str, runs: list[Mapping[str, Any]], seeds: Sequence[int]) -> ArmSummary:
+    first = next(seed for seed in [*seeds, runs[0]["seeds"][0]] if any(run["seeds"] == [seed] for run in runs))
+    sweep = [run for run in runs if run["seeds"] == [first]]
+    best = min(sweep, key=lambda run: run["metrics"]["validation_loss"])
+    rate = best["metrics"]["learning_rate"]
+    chosen = [run for run in runs if run["metrics"]["learning_rate"] == rate]
+    metrics = [run["metrics"] for run in chosen]
+    peaks = [m["peak_bytes"] for m in metrics if m["peak_bytes"] is not None]
+    return ArmSummary(
+        name=name,
+        rate=rate,
+        rates=tuple(run["metrics"]["learning_rate"] for run in sweep),
+        parameters=best["parameters"]["without_embeddings"],
+        seeds=tuple(run["seeds"][0] for run in chosen),
+        validation=Spread(tuple(m["validation_perplexity"] for m in metrics)),
+        test=_spread(metrics, "test_perplexity"),
+        bits_per_byte=_spread(metrics, "validation_bits_per_byte"),
+        tokens_per_second=statistics.median(m["tokens_per_second"] for m in metrics),
+        peak_bytes=max(peaks) if peaks else None,
+        reading=" or ".join(sorted({m["reading"] for m in metrics})),
+        curves=tuple(tuple(parse_curve(m["curve"])) for m in metrics),
+    )
+
+
+def comparison_table(arms: Sequence[ArmSummary], *, reference: str) -> str:
+    """Aligned text: one line an arm, its perplexity over that of `reference`, and whether the seeds cover that."""
+    header = [
+        "arm", "parameters", "rate", "seeds", "validation", "test", "bits/byte", f"/ {reference}", "tokens to equal",
+        "tokens/s", "peak MiB", "read in",
+    ]  # fmt: skip
+    base = next((arm for arm in arms if arm.name == reference), None)
+    lines = [header] + [_cells(arm, base) for arm in arms]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    edges = [arm.name for arm in arms if arm.at_edge]
+    if edges:
+        text.append(f"The best rate of {', '.join(edges)} is at the edge of the sweep; a better one may lie beyond.")
+    return "\n".join(text)
+
+
+def verdict(arm: ArmSummary, base: ArmSummary) -> str:
+    """Ratio of the perplexities, and what the seeds say about it."""
+    ratio = f"{arm.validation.mean / base.validation.mean:.3f}"
+    if len(arm.seeds) < 2 or len(base.seeds) < 2:
+        return f"{ratio} (one seed)"
+    return f"{ratio} (within the seeds' spread)" if arm.validation.overlaps(base.validation) else ratio
+
+
+def tokens_to_equal(arm: ArmSummary, base: ArmSummary) -> float | None:
+    """Share of `base`'s tokens after which `arm` has the validation loss that `base` ended with; None if never.
+
+    Over the seeds' mean curves; both were evaluated at the same points.
+    """
+    ours, theirs = _mean_curve(arm), _mean_curve(base)
+    if not ours or not theirs:
+        return None
+    reached = tokens_to_reach(ours, theirs[-1][2])
+    return None if reached is None else reached / theirs[-1][0]
+
+
+def _mean_curve(arm: ArmSummary) -> list[tuple[int, float, float]]:
+    points = zip(*arm.curves, strict=False)
+    return [
+        (seeds[0][0], statistics.fmean(p[1] for p in seeds), statistics.fmean(p[2] for p in seeds)) for seeds in points
+    ]
+
+
+def _cells(arm: ArmSummary, base: ArmSummary | None) -> list[str]:
+    share = None if base is None else tokens_to_equal(arm, base)
+    return [
+        arm.name,
+        f"{arm.parameters:,}",
+        f"{arm.rate:g}",
+        str(len(arm.seeds)),
+        str(arm.validation),
+        "" if arm.test is None else str(arm.test),
+        "" if arm.bits_per_byte is None else f"{arm.bits_per_byte.mean:.4f}",
+        "" if base is None else "1" if arm is base else verdict(arm, base),
+        "" if share is None else f"{share:.0%}",
+        f"{arm.tokens_per_second:,.0f}",
+        "" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**20:,.0f}",
+        arm.reading,
+    ]
+
+
+def _spread(metrics: Sequence[Mapping[str, Any]], name: str) -> Spread | None:
+    values = [m[name] for m in metrics if m.get(name) is not None]
+    return Spread(tuple(values)) if values else None

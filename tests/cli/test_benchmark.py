@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from resnet_bk.cli import main
+
+MODEL = [
+    "--model.vocab_size", "16", "--model.d_model", "16", "--model.num_layers", "1", "--model.feed_forward_dim", "32",
+    "--model.head_dim", "16", "--model.state_size", "8", "--model.attention_head_dim", "16",
+]  # fmt: skip
+TRAINING = [
+    "--training.steps", "3", "--training.batch_size", "2", "--training.warmup_steps", "1", "--training.device", "cpu",
+    "--training.evaluation_tokens", "64",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 16, 2000))
+    return tmp_path
+
+
+def compare(folder, *options: str) -> list[str]:
+    where = ["--tokens", str(folder / "ids.npy"), "--benchmarks", str(folder / "b"), "--work", str(folder / "w")]
+    return ["benchmark", "compare", *where, *MODEL, *TRAINING, "--seeds", "0", "--models", "bk", *options]
+
+
+def test_compare_writes_a_row_a_run_and_a_table(folder, capsys):
+    (folder / "arms.yaml").write_text("decay only: {dynamics: decay_only}\n")
+    options = ["--arms", str(folder / "arms.yaml"), "--rates", "1e-3", "--sequence-length", "8"]
+    assert main(compare(folder, *options)) == 0
+    out = capsys.readouterr().out
+    assert "2 of at least 2 runs have results, 2 new." in out and "decay only" in out
+    rows = [json.loads(line) for line in (folder / "b/results/compare.jsonl").read_text().splitlines()]
+    assert [row["metrics"]["arm"] for row in rows] == ["bk", "decay only"]
+    assert "of 2 x 8," in rows[0]["metrics"]["recipe"]
+    # The folder is not the project's; the ledger is told the file alone.
+    assert rows[0]["command"].startswith("resnet-bk benchmark compare --tokens ids.npy ")
+    assert main(compare(folder, *options)) == 0
+    assert "0 new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["benchmark", "compar"], "Unknown benchmark 'compar'; did you mean 'compare'?"),
+        (["benchmark", "compare", "--modells", "bk"], "did you mean 'models'?"),
+        (["benchmark", "compare", "--parralel", "2"], "did you mean 'parallel'?"),
+        (["benchmark", "compare", "--data.name", "wikitext-3"], "did you mean 'wikitext-"),
+        (["benchmark", "compare", "--context", "carry"], "context is 'carry'"),
+    ],
+)
+def test_bad_names_tell_the_nearest(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--models", "bk,mamba"], "did you mean 'mamba"),
+        (["--rates", "fast"], "--rates is 'fast'"),
+        (["--arms", "ids.npy"], "ids.npy"),
+        (["--rates", "0"], "at least one learning rate > 0"),
+    ],
+)
+def test_bad_values_are_one_line(folder, options, said, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(compare(folder, *options)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_lists_the_benchmarks(capsys):
+    assert main(["benchmark"]) == 0
+    assert "compare" in capsys.readouterr().out
