@@ -104,8 +104,9 @@ def compare_spacings(
     Raises:
         DomainError: as `windowed_levels`.
 
-    Measured: `theory-spacings` in the ledger. Beyond the free line all are near independent levels (0.386) at strength
-        1; far out the prime bumps lie below their shuffled control, mostly because they leave out the even integers.
+    Measured: `theory-spacings` in the ledger. At strength 1 all but the free line are near independent levels (0.386).
+        Far out the prime bumps lie below their shuffled control, in part because they leave out the even integers, and
+        smoothing raises them above it, because it ties neighbouring sites together.
     Not claimed: the statistics of the zeros of zeta (0.60) for any of these. A Jacobi matrix with a disordered diagonal
         localises, and its levels become independent.
     Cost: O(windows * sites^3).
