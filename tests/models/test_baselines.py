@@ -19,7 +19,11 @@ SIZES = dict(
 KINDS = {
     "attention": dict(mixer="attention"),
     "window": dict(mixer="attention", attention_window=5),
+    "mamba2": dict(mixer="mamba2"),
+    "mamba3": dict(mixer="mamba3"),
     "hybrid": dict(attention_every=2),
+    "mamba2-hybrid": dict(mixer="mamba2", attention_every=2),
+    "mamba3-hybrid": dict(mixer="mamba3", attention_every=2, attention_window=5),
     "hybrid-window": dict(attention_every=2, attention_window=70),
 }
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
@@ -179,8 +183,9 @@ def test_memory_estimate_knows_the_state(options):
     assert 0.25 * needed["states"] < state.num_bytes < 0.6 * needed["states"]
 
 
-def test_a_window_bounds_the_state():
-    model = build(**KINDS["window"])
+@pytest.mark.parametrize("kind", ["window", "mamba2", "mamba3", "mamba3-hybrid"])
+def test_without_attention_to_everything_the_state_is_bounded(kind):
+    model = build(**KINDS[kind])
     assert model(draw(1, 30)).state.num_bytes == model(draw(1, 300)).state.num_bytes
 
 
@@ -199,6 +204,7 @@ class TestBadInput:
             (dict(attention_every=-1), "model.attention_every is -1; expected a whole number >= 0"),
             (dict(attention_every=3), "model.attention_every is 3, but there are only 2 blocks"),
             (dict(attention_window=1.5), "model.attention_window is 1.5"),
+            (dict(mixer="mamba3", state_size=6), "model.state_size is 6; it must be a multiple of 4"),
             (dict(mixer="attention", attention_head_dim=12), "must be even and divide d_model = 16"),
             (dict(attention_every=1, attention_head_dim=1), "must be even and divide d_model = 16"),
         ],

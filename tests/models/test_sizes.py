@@ -10,7 +10,10 @@ from resnet_bk.models.sizes import num_parameters, with_mixer
 
 CHANGES = [
     dict(mixer="attention"),
+    dict(mixer="mamba2"),
+    dict(mixer="mamba3"),
     dict(mixer="resolvent", attention_every=2),
+    dict(mixer="mamba3", attention_every=3),
     dict(mixer="attention", attention_window=64),
 ]
 

@@ -87,6 +87,11 @@ def test_language_model_stays_at_the_floor(tmp_path):
     assert_at_the_floor(validation_loss(LanguageModel, tmp_path))
 
 
+@pytest.mark.parametrize("mixer", ["attention", "mamba2", "mamba3"])
+def test_baselines_stay_at_the_floor(tmp_path, mixer):
+    assert_at_the_floor(validation_loss(LanguageModel, tmp_path, mixer=mixer, attention_head_dim=8))
+
+
 @pytest.mark.parametrize("leaky", [MeanOfAllTokens, FaintFuture])
 def test_a_leak_falls_through_the_floor(tmp_path, leaky):
     found = validation_loss(leaky, tmp_path)
@@ -102,6 +107,8 @@ def test_a_leak_falls_through_the_floor(tmp_path, leaky):
         dict(dynamics="semiclassical", kernel="transmission", source="free", boundary="wall"),
         dict(kernel="green", source="unit"),
         dict(phase_coupling=True, tie_embeddings=False),
+        dict(attention_every=2, attention_window=9, attention_head_dim=8),
+        dict(mixer="mamba3", attention_every=2, attention_head_dim=8),
     ],
 )
 def test_every_option_stays_at_the_floor(tmp_path, options):

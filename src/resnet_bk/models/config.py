@@ -87,6 +87,11 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}.")
         if self.state_size % 2:
             raise ConfigError(f"model.state_size is {self.state_size}; it must be even (rotary phases act on pairs).")
+        if self.mixer == "mamba3" and self.state_size % 4:
+            raise ConfigError(
+                f"model.state_size is {self.state_size}; it must be a multiple of 4 for mixer 'mamba3' (half of its "
+                "channels are turned in pairs)."
+            )
         if self.attention_every > self.num_layers:
             raise ConfigError(
                 f"model.attention_every is {self.attention_every}, but there are only {self.num_layers} blocks, so "

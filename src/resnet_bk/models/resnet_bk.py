@@ -18,20 +18,28 @@ from torch.utils.checkpoint import checkpoint
 from resnet_bk.errors import DomainError, ShapeError
 from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.feed_forward import FeedForward
+from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
+from resnet_bk.layers.mamba3 import Mamba3
 from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models import checkpoint as checkpoints
 from resnet_bk.models import generate as generation
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
+from resnet_bk.ops.state_space import TrapezoidState
 
 if TYPE_CHECKING:
     from resnet_bk.models.prompts import AnyPrompts
     from resnet_bk.tokenizer import Tokenizer
 
 
-TokenMixer = Mixer | Attention
-LayerState = MixerState | AttentionState
-MIXERS: dict[str, type[TokenMixer]] = {"resolvent": Mixer, "attention": Attention}
+TokenMixer = Mixer | Attention | Mamba2 | Mamba3
+LayerState = MixerState | AttentionState | Mamba2State | TrapezoidState
+MIXERS: dict[str, type[TokenMixer]] = {
+    "resolvent": Mixer,
+    "attention": Attention,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+}
 """What can mix tokens in a block, by `ModelConfig.mixers`.
 
 Each is built from the configuration, has `out_proj`, `state_class` and `reset_parameters`, and maps tokens, state and
