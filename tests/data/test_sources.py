@@ -204,6 +204,36 @@ def test_wikitext_from_the_hub_equals_the_files(hub, tmp_path) -> None:
         assert list(from_hub.documents(split)) == list(from_files.documents(split))
 
 
+def test_ptb_is_read_verbatim_from_a_folder(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path is missing; corpus 'ptb' .* ptb\.train\.txt"):
+        open_corpus(DataConfig(name="ptb"))
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text(f" no it was n't {split} monday \n but N <unk> \n")
+    corpus = open_corpus(DataConfig(name="ptb", path=str(tmp_path)))
+    assert corpus.word_level
+    assert _texts(corpus, "validation") == [" no it was n't valid monday \n but N <unk> \n"]
+    (tmp_path / "ptb.test.txt").unlink()
+    with pytest.raises(DataError, match=r"ptb\.test\.txt does not exist"):
+        open_corpus(DataConfig(name="ptb", path=str(tmp_path)))
+
+
+def test_named_corpora_come_from_the_hub_or_a_folder(hub, tmp_path) -> None:
+    hub["roneneldan/TinyStories", None] = {split: [{"text": split}] for split in ("train", "validation")}
+    assert _texts(open_corpus(DataConfig(name="tinystories")), "validation") == ["validation"]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "local"}\n')
+    local = open_corpus(DataConfig(name="tinystories", path=str(tmp_path)))
+    assert local.name == "tinystories" and _texts(local, "train") == ["local"]
+
+
+def test_endless_corpora_are_read_in_part(hub) -> None:
+    with pytest.raises(ConfigError, match=r"data\.max_bytes is missing; corpus 'c4'"):
+        open_corpus(DataConfig(name="c4"))
+    hub["allenai/c4", "en"] = {split: [{"text": f"{n:04d}"} for n in range(900)] for split in ("train", "validation")}
+    corpus = open_corpus(DataConfig(name="c4", max_bytes=2000, validation_fraction=0.1))
+    assert (len(_texts(corpus, "train")), len(_texts(corpus, "validation"))) == (500, 50)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -16,11 +16,13 @@ class DataConfig:
 
     name: str = "python-stdlib"
     """Corpus: `python-stdlib` (embedded: documentation and sources of the running Python), `text` (local files under
-    `path`), `wikitext-2` (word level; from the folder `path` in the standard format, else by hub name), or any Hugging
-    Face dataset as `owner/name` or `owner/name:configuration`."""
+    `path`), `wikitext-2`, `wikitext-103` and `ptb` (word level; from the folder `path` in the standard format, else by
+    hub name, which `ptb` lacks), `c4`, `pile`, `books` and `tinystories` (local files under `path`, else streamed by
+    hub name), or any Hugging Face dataset as `owner/name` or `owner/name:configuration`."""
     path: str | None = None
-    """File or folder of local corpora (.txt and .jsonl, plain or .xz, and .parquet), or folder of the standard WikiText
-    files. In a folder, files called train, validation and test (or in folders so called) are those splits."""
+    """File or folder of local corpora (.txt and .jsonl, plain or .xz, and .parquet), or folder of the standard files
+    of a word-level corpus. In a folder, files called train, validation and test (or in folders so called) are those
+    splits."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
     tokenizer: str | None = None
@@ -29,7 +31,8 @@ class DataConfig:
     """Share of documents held out for validation, and as much again for testing, chosen by a hash of each document's
     name (by position in the text where there are too few); ignored where the corpus has its own splits."""
     max_bytes: int | None = None
-    """Bytes of the training split to read at most; None reads all."""
+    """Bytes of the training split to read at most; None reads all. Of `c4` and `pile` by hub name, the other splits
+    are read up to `validation_fraction` of it."""
     cache_dir: str | None = None
     """Folder of prepared token shards; None uses `$XDG_CACHE_HOME/resnet-bk` (or `~/.cache/resnet-bk`)."""
 

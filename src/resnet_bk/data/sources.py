@@ -28,10 +28,22 @@ Reader = Callable[[], Iterator[Document]]
 
 PYTHON_STDLIB = "python-stdlib"
 TEXT = "text"
-# Word-level corpora in the format of WikiText, and their names on the hub.
-WORD_LEVEL = {"wikitext-2": "Salesforce/wikitext:wikitext-2-v1"}
-
 _WIKITEXT_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+_PTB_FILES = {"train": "ptb.train.txt", "validation": "ptb.valid.txt", "test": "ptb.test.txt"}
+# Word-level corpora, one sentence or paragraph a line, by the names of their files.
+WORD_LEVEL = {"wikitext-2": _WIKITEXT_FILES, "wikitext-103": _WIKITEXT_FILES, "ptb": _PTB_FILES}
+# Names of corpora on the hub. Penn Treebank is there as a program only, which `datasets` no longer runs.
+HUB = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-v1",
+    "wikitext-103": "Salesforce/wikitext:wikitext-103-v1",
+    "c4": "allenai/c4:en",
+    "pile": "monology/pile-uncopyrighted",
+    "books": "emozilla/pg19",
+    "tinystories": "roneneldan/TinyStories",
+}
+
+# Hundreds of gigabytes: nobody wants all of them by accident.
+_ENDLESS = ("c4", "pile")
 _FEWEST_HELD_OUT = 10
 # Not the library's own prose or code: its tests, installed packages, tables of characters, build-time records. The
 # topics are documents of their own.
@@ -71,13 +83,20 @@ def open_corpus(config: DataConfig) -> Corpus:
         DataError: files that cannot be used.
         MissingDependencyError: a hub corpus, and `datasets` is not installed.
     """
-    known = [PYTHON_STDLIB, TEXT, *WORD_LEVEL]
+    known = [PYTHON_STDLIB, TEXT, *dict.fromkeys([*WORD_LEVEL, *HUB])]
     if config.name == TEXT:
         if config.path is None:
             raise ConfigError("data.path is missing; data.name 'text' needs the file or folder to read.")
         corpus = _text(config, Path(config.path).expanduser())
     elif config.name in WORD_LEVEL and config.path is not None:
-        corpus = _wikitext_folder(config.name, Path(config.path).expanduser())
+        corpus = _word_level_folder(config.name, Path(config.path).expanduser())
+    elif config.name in HUB and config.path is not None:
+        corpus = _text(config, Path(config.path).expanduser())
+    elif config.name in WORD_LEVEL and config.name not in HUB:
+        raise ConfigError(
+            f"data.path is missing; corpus {config.name!r} is read from a folder with "
+            f"{', '.join(WORD_LEVEL[config.name].values())}."
+        )
     elif config.path is not None:
         raise ConfigError(
             f"data.path is {config.path!r}, but data.name {config.name!r} reads no path; set data.name to 'text'."
@@ -88,15 +107,21 @@ def open_corpus(config: DataConfig) -> Corpus:
             fingerprint.update(f"{document.name}\0{document.text}\0".encode())
         readers = _by_name(_python_documents, config.validation_fraction)
         corpus = Corpus(config.name, fingerprint.hexdigest(), readers)
-    elif "/" in config.name or config.name in WORD_LEVEL:
+    elif config.name in _ENDLESS and config.max_bytes is None:
+        raise ConfigError(f"data.max_bytes is missing; corpus {config.name!r} has hundreds of gigabytes.")
+    elif "/" in config.name or config.name in HUB:
         corpus = _hub(config)
     else:
         message = unknown_key_message(config.name, known, what="corpus")
         raise ConfigError(f"data.name: {message} Hub datasets are named owner/name.")
     if config.max_bytes is None:
         return corpus
-    train = partial(_first_bytes, corpus.readers["train"], config.max_bytes)
-    return Corpus(corpus.name, corpus.fingerprint, {**corpus.readers, "train": train}, corpus.word_level)
+    limits = {"train": config.max_bytes}
+    if config.name in _ENDLESS and config.path is None:
+        held_out = max(1, int(config.max_bytes * config.validation_fraction))
+        limits |= {split: held_out for split in corpus.readers if split != "train"}
+    limited = {split: partial(_first_bytes, corpus.readers[split], limit) for split, limit in limits.items()}
+    return Corpus(corpus.name, corpus.fingerprint, {**corpus.readers, **limited}, corpus.word_level)
 
 
 def name_fraction(name: str) -> float:
@@ -121,12 +146,12 @@ def _text(config: DataConfig, path: Path) -> Corpus:
         enough = sum(1 for _ in itertools.islice(readers["train"](), needed)) == needed
         held_out = (_by_name if enough else _by_position)(readers["train"], fraction)
         readers = {**held_out, **{split: reader for split, reader in readers.items() if split != "train"}}
-    return Corpus(TEXT, fingerprint, readers)
+    return Corpus(config.name, fingerprint, readers)
 
 
-def _wikitext_folder(name: str, path: Path) -> Corpus:
-    files = {}
-    for split, plain in _WIKITEXT_FILES.items():
+def _word_level_folder(name: str, path: Path) -> Corpus:
+    names, files = WORD_LEVEL[name], {}
+    for split, plain in names.items():
         found = [file for file in (path / plain, path / f"{plain}.xz") if file.is_file()]
         if not found:
             raise DataError(f"{path / plain} does not exist, nor {plain}.xz beside it; corpus {name!r} needs it.")
@@ -136,7 +161,7 @@ def _wikitext_folder(name: str, path: Path) -> Corpus:
         text = read_text(files[split])
         if not text:
             raise DataError(f"{files[split]} is empty; expected text.")
-        yield Document(_WIKITEXT_FILES[split], text)
+        yield Document(names[split], text)
 
     fingerprint = files_sha256(files.values(), path)
     return Corpus(name, fingerprint, {split: partial(read, split) for split in files}, word_level=True)
@@ -172,7 +197,7 @@ def _hub(config: DataConfig) -> Corpus:
             "Run: pip install 'resnet-bk[data]'"
         ) from None
     word_level = config.name in WORD_LEVEL
-    name, _, configuration = WORD_LEVEL.get(config.name, config.name).partition(":")
+    name, _, configuration = HUB.get(config.name, config.name).partition(":")
     try:
         available = datasets.get_dataset_split_names(name, configuration or None)
     except (OSError, ValueError) as error:
