@@ -77,3 +77,12 @@ def test_bad_values_are_one_line(folder, options, said, capsys, monkeypatch):
 def test_help_lists_the_benchmarks(capsys):
     assert main(["benchmark"]) == 0
     assert "compare" in capsys.readouterr().out
+
+
+def test_speed_times_each_model(folder, capsys):
+    options = ["--lengths", "8,16", "--batch-tokens", "16", "--repeats", "1", "--models", "bk,transformer"]
+    command = ["benchmark", "speed", *MODEL, "--training.device", "cpu", "--benchmarks", str(folder / "b"), *options]
+    assert main(command) == 0
+    assert "forward and backward" in capsys.readouterr().out
+    assert len((folder / "b/results/model-speed.jsonl").read_text().splitlines()) == 8
+    assert main([*command, "--lengths", "x"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,11 @@ def read_rows(question: str, benchmarks: Path = BENCHMARKS) -> list[dict[str, An
 def questions(benchmarks: Path = BENCHMARKS) -> list[str]:
     """Every question that has rows."""
     return sorted(path.stem for path in (Path(benchmarks) / "results").glob("*.jsonl"))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text in columns; the first line is the heading."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resnet_bk.experiments.rows import aligned
 from resnet_bk.experiments.trial import DONE, parse_curve, tokens_to_reach
 
 
@@ -111,8 +112,7 @@ def comparison_table(arms: Sequence[ArmSummary], *, reference: str) -> str:
     ]  # fmt: skip
     base = next((arm for arm in arms if arm.name == reference), None)
     lines = [header] + [_cells(arm, base) for arm in arms]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [aligned(lines)]
     edges = [arm.name for arm in arms if arm.at_edge]
     if edges:
         text.append(f"The best rate of {', '.join(edges)} is at the edge of the sweep; a better one may lie beyond.")
