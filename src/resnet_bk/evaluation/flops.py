@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from resnet_bk.errors import DomainError
+from resnet_bk.layers.mamba2 import CONVOLUTION_WIDTH
 from resnet_bk.models.config import ModelConfig
 
 PARTS = (
@@ -108,10 +109,11 @@ def model_flops(config: ModelConfig, *, batch: int = 1, time: int, all_pairs: bo
     """Operations of `LanguageModel(config)` on `batch` rows of `time` tokens with labels, forward and backward.
 
     What is executed counts: chunks of the mixing are whole (the last one padded) and both halves of their score
-    matrices are computed, backward passes that recompute scores do so, and only positions with a label meet the
-    head. The mixers are counted in their chunked forms for a CPU; the kernels for GPUs cut the same products up
-    differently. Attention counts the pairs of a query and a key that it sees, and five products of a pair's channels
-    in the backward pass, as fused kernels do. Activations that are recomputed to save memory do not count.
+    matrices are computed, backward passes that recompute scores do so, and only positions with a label meet the head.
+    All mixers with a memory are counted in the chunked form of `semiseparable_mix` for a CPU; kernels for GPUs, the
+    published ones of Mamba too, cut the same products up differently. Attention counts the pairs of a query and a key
+    that it sees, and five products of a pair's channels in the backward pass, as fused kernels do. Activations that
+    are recomputed to save memory do not count.
 
     Args:
         config: the model.
@@ -182,6 +184,24 @@ class _Shape:
         """RMS norm: square, sum, scale, weight; and the sum of the residual stream."""
         return FlopRow(None, "norm", 0, 0, 5 * self.tokens * self.config.d_model)
 
+    def recurrence(self, *, turned: bool) -> FlopRow:
+        """`semiseparable_mix` by chunks, keys and queries turned or not; the same for every mixer that has a memory."""
+        config = self.config
+        state, value = config.state_size, config.head_dim
+        chunk = min(64, max(16, 1 << (self.time - 1).bit_length()))
+        pairs = self.batch * (-(-self.time // chunk) * chunk) * config.num_heads  # of tokens, padding too, and heads
+        inside, across = 2 * chunk, 2 * state * value
+        return FlopRow(
+            None,
+            "mixing",
+            # Scores, and what they attend to; writing to the memory, and reading from it.
+            pairs * (inside * (state + value) + 2 * across),
+            # Scores and memories again; two gradients of each of these four products.
+            pairs * (inside * (3 * state + 2 * value) + 5 * across),
+            # Turning and biases; decays of scores; sources, decays and skip; decay of the memory.
+            pairs * (8 * state * turned + 3 * chunk + 6 * value + across // chunk),
+        )
+
     def feed_forward(self) -> list[FlopRow]:
         """SwiGLU: the two matrices in front are one; exponential, sum, quotient and two products between."""
         width, hidden = self.config.d_model, self.config.feed_forward_dim
@@ -190,30 +210,42 @@ class _Shape:
 
 
 def _resolvent(shape: _Shape) -> list[FlopRow]:
-    config, tokens = shape.config, shape.tokens
-    heads, inner, state, value = config.num_heads, config.inner_dim, config.state_size, config.head_dim
-    width = 2 * inner + 2 * state
-    width += heads * (1 + (config.dynamics != "decay_only") + (config.source != "unit"))
-    chunk = min(64, max(16, 1 << (shape.time - 1).bit_length()))
-    pairs = shape.batch * (-(-shape.time // chunk) * chunk) * heads  # of a token, padding included, and a head
-    inside, across = 2 * chunk, 2 * state * value
-    mixing = FlopRow(
-        None,
-        "mixing",
-        # Scores, what they attend to; writing to the memory and reading from it.
-        pairs * (inside * (state + value) + 2 * across),
-        # Scores and memories again, then two gradients of each of the four products but one of the memory's writes.
-        pairs * (inside * (3 * state + 2 * value) + 5 * across),
-        # Turning and biases, decays of scores, sources and skip, decay of the memory.
-        pairs * (8 * state + 3 * chunk + 6 * value + across // chunk),
-    )
+    config, heads, inner = shape.config, shape.config.num_heads, shape.config.inner_dim
+    has_potential, has_source = config.dynamics != "decay_only", config.source != "unit"
+    width = 2 * inner + 2 * config.state_size + heads * (1 + has_potential + has_source)
     # Softplus, detuning, one Moebius step (complex quotient), flux, its logarithm, source gate.
-    gates = FlopRow(None, "gates", 0, 0, tokens * heads * (30 if config.dynamics != "decay_only" else 14))
+    gates = shape.tokens * heads * (30 if has_potential else 14)
     return [
         shape.linear("in_proj", config.d_model, width),
-        gates,
-        mixing,
-        FlopRow(None, "gated_norm", 0, 0, 8 * tokens * inner),
+        FlopRow(None, "gates", 0, 0, gates),
+        shape.recurrence(turned=True),
+        FlopRow(None, "gated_norm", 0, 0, 8 * shape.tokens * inner),
+        shape.linear("out_proj", inner, config.d_model),
+    ]
+
+
+def _mamba2(shape: _Shape) -> list[FlopRow]:
+    config, heads, inner = shape.config, shape.config.num_heads, shape.config.inner_dim
+    mixed = inner + 2 * config.state_size
+    # The convolution with its silu; softplus, rate and decay.
+    gates = shape.tokens * ((2 * CONVOLUTION_WIDTH + 4) * mixed + 5 * heads)
+    return [
+        shape.linear("in_proj", config.d_model, inner + mixed + heads),
+        FlopRow(None, "gates", 0, 0, gates),
+        shape.recurrence(turned=False),
+        FlopRow(None, "gated_norm", 0, 0, 8 * shape.tokens * inner),
+        shape.linear("out_proj", inner, config.d_model),
+    ]
+
+
+def _mamba3(shape: _Shape) -> list[FlopRow]:
+    config, heads, inner, state = shape.config, shape.config.num_heads, shape.config.inner_dim, shape.config.state_size
+    # Norms of keys and queries; step, rate and trapezoid; angles; a token's share in its own output; the gate.
+    gates = 8 * state + heads * 15 + 6 * heads * (state // 4) + 2 * heads * state + 5 * inner
+    return [
+        shape.linear("in_proj", config.d_model, 2 * inner + 2 * state + 3 * heads + state // 4),
+        FlopRow(None, "gates", 0, 0, shape.tokens * gates),
+        shape.recurrence(turned=True),
         shape.linear("out_proj", inner, config.d_model),
     ]
 
@@ -244,7 +276,12 @@ def _attended_pairs(time: int, window: int, all_pairs: bool) -> int:
     return sum((min(time, s + block) - s) * (min(time, s + block) - max(0, s - window + 1)) for s in starts)
 
 
-_MIXERS: dict[str, Callable[[_Shape], list[FlopRow]]] = {"resolvent": _resolvent, "attention": _attention}
+_MIXERS: dict[str, Callable[[_Shape], list[FlopRow]]] = {
+    "resolvent": _resolvent,
+    "attention": _attention,
+    "mamba2": _mamba2,
+    "mamba3": _mamba3,
+}
 
 
 def _number(value: float) -> str:
