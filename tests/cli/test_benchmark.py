@@ -81,8 +81,27 @@ def test_help_lists_the_benchmarks(capsys):
 
 def test_speed_times_each_model(folder, capsys):
     options = ["--lengths", "8,16", "--batch-tokens", "16", "--repeats", "1", "--models", "bk,transformer"]
-    command = ["benchmark", "speed", *MODEL, "--training.device", "cpu", "--benchmarks", str(folder / "b"), *options]
+    command = ["benchmark", "speed", *MODEL, "--device", "cpu", "--benchmarks", str(folder / "b"), *options]
     assert main(command) == 0
     assert "forward and backward" in capsys.readouterr().out
     assert len((folder / "b/results/model-speed.jsonl").read_text().splitlines()) == 8
     assert main([*command, "--lengths", "x"]) == 2
+
+
+def test_flops_are_counted_without_running_anything(capsys):
+    assert main(["benchmark", "flops", *MODEL, "--models", "bk,transformer", "--length", "64", "--by-part"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("| model |") and "| transformer |" in out and out.count("total per token |") == 3
+    assert main(["benchmark", "flops", "--lenght", "64"]) == 2
+    assert "did you mean 'length'?" in capsys.readouterr().err
+
+
+def test_synthetic_trains_each_model_on_each_task(folder, capsys):
+    budget = ["--task.steps", "2", "--task.tokens_per_step", "64", "--task.evaluation_tokens", "64"]
+    options = ["--tasks", "parity", "--models", "bk", "--rates", "1e-3", "--seeds", "0", "--device", "cpu", *budget]
+    command = ["benchmark", "synthetic", *MODEL, *options, "--benchmarks", str(folder / "b")]
+    assert main(command) == 0
+    (row,) = (json.loads(line) for line in (folder / "b/results/synthetic.jsonl").read_text().splitlines())
+    assert (row["metrics"]["task"], row["metrics"]["arm"]) == ("parity", "bk")
+    assert main([*command, "--tasks", "paritty"]) == 2
+    assert "Unknown task 'paritty'; did you mean 'parity'?" in capsys.readouterr().err

@@ -71,17 +71,27 @@ def run_parser(command: str, description: str, arguments: Sequence[str]) -> Pars
         usage=f"resnet-bk {command} --config FILE [--section.key VALUE ...]",
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections model, data and training.")
-    preset_type = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
-    parser.add_argument(f"--{_PRESET}", type=preset_type, help="Fill the model section from this preset first.")
+    _add_preset(parser)
     parser.add_class_arguments(RunConfig, as_group=True)
-
     presets = [section.get("preset") for section in map(_model_section, _option_values(arguments, _CONFIG))]
-    presets += _option_values(arguments, _PRESET)
-    named = [preset for preset in presets if preset is not None]
-    if named:
-        values = ModelConfig.preset(str(named[-1])).to_dict()
-        parser.set_defaults({f"model.{name}": value for name, value in values.items()})
+    _fill_from_preset(parser, [*presets, *_option_values(arguments, _PRESET)])
     return parser
+
+
+def model_parser(command: str, description: str, arguments: Sequence[str], *, preset: str | None = None) -> Parser:
+    """A parser of the section model alone, filled from `model.preset` or else from `preset`; see `run_parser`."""
+    parser = Parser(command, description=description, usage=f"resnet-bk {command} [--model.key VALUE ...] [OPTIONS]")
+    _add_preset(parser)
+    parser.add_class_arguments(ModelConfig, "model")
+    _fill_from_preset(parser, [preset, *_option_values(arguments, _PRESET)])
+    return parser
+
+
+def model_config(parser: Parser, parsed: Namespace) -> ModelConfig:
+    """The `ModelConfig` among what a `model_parser` parsed."""
+    sections = parsed.clone()
+    sections.pop(_PRESET)
+    return parser.instantiate(sections).model
 
 
 def run_config(parser: Parser, parsed: Namespace) -> RunConfig:
@@ -90,6 +100,19 @@ def run_config(parser: Parser, parsed: Namespace) -> RunConfig:
     sections.pop(_PRESET)
     instances = parser.instantiate(sections)
     return RunConfig(**{field.name: instances[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _add_preset(parser: Parser) -> None:
+    preset_type = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
+    parser.add_argument(f"--{_PRESET}", type=preset_type, help="Fill the model section from this preset first.")
+
+
+def _fill_from_preset(parser: Parser, presets: Sequence[Any]) -> None:
+    """Make the last preset that is one the default of the model section."""
+    named = [preset for preset in presets if preset is not None]
+    if named:
+        values = ModelConfig.preset(str(named[-1])).to_dict()
+        parser.set_defaults({f"model.{name}": value for name, value in values.items()})
 
 
 def _option_values(arguments: Sequence[str], name: str) -> list[str]:

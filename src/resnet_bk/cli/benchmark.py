@@ -9,6 +9,8 @@ from resnet_bk.errors import ConfigError
 
 BENCHMARKS = {
     "compare": "train models of equal size on the same tokens and compare their perplexities",
+    "synthetic": "train models of equal size on tasks that each ask for one ability",
+    "flops": "count the operations of models of equal size, by part",
     "speed": "time models of equal size, forward and backward",
 }
 """What can be measured -> what it does; each is the module `resnet_bk.cli.benchmark_<name>`."""

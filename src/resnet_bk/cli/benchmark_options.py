@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_bk.cli.arguments import Parser, run_parser
+from resnet_bk.cli.arguments import Parser, model_parser, run_parser
 from resnet_bk.errors import ConfigError
 from resnet_bk.evaluation.ledger import BENCHMARKS
 from resnet_bk.experiments.arms import ARMS, Arm, make_arms, named_arms
@@ -17,7 +17,7 @@ DEFAULT_PRESET = "tiny"
 
 
 def training_parser(name: str, description: str, arguments: Sequence[str]) -> tuple[Parser, list[str]]:
-    """A parser with the sections model, data and training and the shared options, and the arguments to parse.
+    """A parser of model, data and training with the shared options, and the arguments to parse.
 
     Without a configuration or preset the model is the `tiny` one.
     """
@@ -26,31 +26,40 @@ def training_parser(name: str, description: str, arguments: Sequence[str]) -> tu
     if not given & {"--config", "--model.preset", "--model.vocab_size"}:
         arguments = ["--model.preset", DEFAULT_PRESET, *arguments]
     parser = run_parser(f"benchmark {name}", description, arguments)
-    add_model_options(parser)
     parser.add_argument(
         "--tokens",
         type=str,
         default=None,
         help="Folder of prepared token shards, or .npy file of token ids, to use instead of data.name.",
     )
+    _add_arms(parser)
     add_ledger_options(parser)
     return parser, arguments
 
 
-def add_model_options(parser: Parser, default: str = "bk,transformer,mamba2,mamba3") -> None:
-    """Add the options that `arms_of` reads."""
+def shape_parser(name: str, description: str, arguments: Sequence[str]) -> Parser:
+    """A parser of the model section, `tiny` unless told otherwise, and of the arms."""
+    parser = model_parser(f"benchmark {name}", description, arguments, preset=DEFAULT_PRESET)
+    _add_arms(parser)
+    return parser
+
+
+def _add_arms(parser: Parser) -> None:
+    default = "bk,transformer,mamba2,mamba3"
     parser.add_argument("--models", type=str, default=default, help=f"Names joined by commas: {', '.join(ARMS)}.")
     parser.add_argument(
         "--arms", type=str, default=None, help="YAML file: name -> fields of the model section that it changes."
     )
 
 
-def add_ledger_options(parser: Parser) -> None:
+def add_ledger_options(parser: Parser, *, question: bool = True, label: bool = True) -> None:
     """Add the options of where rows go and when to stop."""
-    parser.add_argument("--question", type=str, default=None, help="File of benchmarks/results that rows go to.")
+    if question:
+        parser.add_argument("--question", type=str, default=None, help="File of benchmarks/results that rows go to.")
     parser.add_argument("--benchmarks", type=str, default=str(BENCHMARKS), help="Folder of the ledger.")
     parser.add_argument("--commit", type=str, default=None, help="Commit of the code, where git cannot tell.")
-    parser.add_argument("--label", type=str, default="", help="Runs with a label that has no rows are made anew.")
+    if label:
+        parser.add_argument("--label", type=str, default="", help="Runs with a label that has no rows are made anew.")
     parser.add_argument("--budget", type=float, default=None, help="Seconds after which to stop; run again to go on.")
 
 

@@ -1,0 +1,61 @@
+"""`resnet-bk benchmark synthetic`: models of equal size on tasks that each ask for one ability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_bk.cli.arguments import model_config
+from resnet_bk.cli.benchmark_options import add_ledger_options, arms_of, command_line, shape_parser
+from resnet_bk.errors import ConfigError
+from resnet_bk.experiments.synthetic import TaskBudget
+
+DESCRIPTION = (
+    "Train models of equal size on synthetic tasks under one budget, each with the same sweep of learning rates and "
+    "the same seeds. One ledger row a run; runs that have a row are not made again."
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Exit status of `resnet-bk benchmark synthetic` with these arguments."""
+    from resnet_bk.experiments.tasks import TASKS
+
+    parser = shape_parser("synthetic", DESCRIPTION, arguments)
+    parser.add_argument("--tasks", type=str, default=",".join(TASKS), help="Names joined by commas.")
+    parser.add_class_arguments(TaskBudget, "task")
+    parser.add_argument("--rates", type=str, default="5e-4,2e-3,8e-3", help="Learning rates of the sweep.")
+    parser.add_argument("--seeds", type=str, default="0,1,2", help="Seeds joined by commas; the first makes the sweep.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_ledger_options(parser, question=False, label=False)
+    options = parser.parse(arguments)
+
+    from resnet_bk.experiments.compare import parse_numbers
+    from resnet_bk.experiments.suite import synthetic_suite
+    from resnet_bk.training.device import resolve_device
+
+    synthetic_suite(
+        {arm.name: arm.model for arm in arms_of(options, model_config(parser, options))},
+        _tasks(options.tasks),
+        budget=TaskBudget(**vars(options.task)),
+        rates=parse_numbers(options.rates, "rates"),
+        seeds=parse_numbers(options.seeds, "seeds", int),
+        device=resolve_device(options.device),
+        command=command_line("synthetic", arguments),
+        seconds=float("inf") if options.budget is None else options.budget,
+        benchmarks=Path(options.benchmarks),
+        commit=options.commit,
+    )
+    return 0
+
+
+def _tasks(names: str) -> list[Any]:
+    """The tasks of these names at their usual size."""
+    from resnet_bk.experiments.tasks import TASKS
+    from resnet_bk.models.config import unknown_key_message
+
+    named = [name.strip() for name in names.split(",") if name.strip()]
+    for name in named:
+        if name not in TASKS:
+            raise ConfigError(unknown_key_message(name, list(TASKS), what="task"))
+    return [TASKS[name]() for name in named]
