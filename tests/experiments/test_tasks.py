@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resnet_bk.errors import ConfigError
-from resnet_bk.experiments.tasks import TASKS
+from resnet_bk.experiments.tasks import TASKS, make_task
 from resnet_bk.experiments.tasks.base import prefix_products
 from resnet_bk.experiments.tasks.groups import ModularGroupWords, PermutationWords
 from resnet_bk.experiments.tasks.induction import InductionHeads
@@ -264,3 +264,31 @@ def test_prefix_products_of_matrices():
 def test_bad_fields(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_tasks_from_text():
+    assert make_task("parity") == Parity()
+    found = make_task(" recall:pairs=256:length=1024:random_filler=False")
+    assert found == AssociativeRecall(pairs=256, length=1024, evaluation_lengths=(1024, 2048), random_filler=False)
+    assert found.label == "recall:length=1024:pairs=256:random_filler=False"
+    assert make_task(found.label) == found
+    fixed = make_task("passkey:length=64:evaluation_lengths=64/512:depth=0.5:evaluation_depths=0/1")
+    assert fixed == Passkey(length=64, evaluation_lengths=(64, 512), depth=0.5, evaluation_depths=(0.0, 1.0))
+    assert fixed.label == "passkey:length=64:depth=0.5:evaluation_depths=0.0/1.0"
+    assert make_task("passkey:depth=none").label == "passkey"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("recal", "Unknown task 'recal'; did you mean 'recall'"),
+        ("recall:pair=3", "'recall.pair'; did you mean 'recall.pairs'"),
+        ("recall:pairs", "'pairs'; expected field=value"),
+        ("recall:pairs=many", "recall.pairs is 'many'; expected a value such as 64"),
+        ("recall:random_filler=1", "recall.random_filler is '1'"),
+        ("parity:length=1", "at least 2"),
+    ],
+)
+def test_bad_text(text, message):
+    with pytest.raises(ConfigError, match=message):
+        make_task(text)

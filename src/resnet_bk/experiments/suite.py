@@ -22,7 +22,6 @@ from resnet_bk.experiments.arms import Arm, shape_only
 from resnet_bk.experiments.rows import read_rows
 from resnet_bk.experiments.state_size import decode_state_bytes
 from resnet_bk.experiments.synthetic import TaskBudget, train_on_task
-from resnet_bk.experiments.tasks import TASKS
 from resnet_bk.experiments.tasks.base import Task
 
 QUESTION = "synthetic"
@@ -190,7 +189,7 @@ def _outcomes(
     running: dict[Future[_Outcome], _Run] = {}
 
     def in_time() -> bool:
-        return bool(waiting) and time.monotonic() + longest.get(task_label(waiting[-1].task), 0.0) <= deadline
+        return bool(waiting) and time.monotonic() + longest.get(waiting[-1].task.label, 0.0) <= deadline
 
     while in_time() or running:
         if pool is None:
@@ -203,7 +202,7 @@ def _outcomes(
             futures, _ = wait(running, return_when=FIRST_COMPLETED)
             ended = [(running.pop(future), future.result()) for future in futures]
         for each, outcome in ended:
-            label = task_label(each.task)
+            label = each.task.label
             longest[label] = max(longest.get(label, 0.0), outcome.wall_seconds)
             yield each, outcome
 
@@ -230,7 +229,7 @@ def _description(run: _Run, parallel: int) -> Row:
     budget = run.budget
     return {
         "kind": "synthetic",
-        "task": task_label(run.task),
+        "task": run.task.label,
         "arm": run.arm.name,
         "learning_rate": budget.learning_rate,
         "model": run.arm.description,
@@ -238,13 +237,6 @@ def _description(run: _Run, parallel: int) -> Row:
         f"warm-up {budget.warmup_steps}, decay {budget.weight_decay}, clip {budget.gradient_clip_norm}",
         "runs_at_once": parallel,
     }
-
-
-def task_label(task: Task) -> str:
-    """Name of the task, with the fields that differ from its usual size."""
-    usual, found = TASKS[task.name]().describe(), task.describe()
-    changed = [f"{key}={value}" for key, value in found.items() if value != usual[key] and key != "evaluation_lengths"]
-    return " ".join([task.name, *changed])
 
 
 def suite_table(rows: Sequence[Row]) -> str:

@@ -98,6 +98,14 @@ class Task(ABC):
         """Tasks to evaluate on, by a short name; the empty name is the task itself as it counts."""
         return {"": self}
 
+    @property
+    def label(self) -> str:
+        """Name of the task and the fields that differ from its usual size, as `make_task` reads them."""
+        usual, found = type(self)().describe(), self.describe()
+        changed = {key: value for key, value in found.items() if value != usual[key] and key != "evaluation_lengths"}
+        shown = {key: "/".join(map(str, value)) if isinstance(value, list) else value for key, value in changed.items()}
+        return ":".join([self.name, *(f"{key}={value}" for key, value in shown.items())])
+
     def describe(self) -> dict[str, Any]:
         """Name and every field, in plain JSON types, for the ledger."""
         fields = dataclasses.asdict(self).items()
