@@ -93,6 +93,12 @@ def test_a_seed_repeats_and_another_differs():
     assert other.loss != first.loss
 
 
+def test_precision():
+    task = Parity(length=8, evaluation_lengths=(8,))
+    narrow, wide = (train_on_task(TINY, task, budget(steps=5, precision=p), 0) for p in ("bfloat16", "float32"))
+    assert narrow.loss == pytest.approx(wide.loss, rel=0.02) and narrow.loss != wide.loss
+
+
 def test_limits():
     task = Parity(length=8, evaluation_lengths=(8,))
     hurried = train_on_task(TINY, task, budget(steps=200, seconds=1e-9, tokens_per_step=64), seed=0)
@@ -170,6 +176,7 @@ def test_evaluation_rows_do_not_depend_on_how_they_are_batched():
         (dict(stop_at_accuracy=2.0), "budget.stop_at_accuracy is 2.0"),
         (dict(seconds=-1.0), "budget.seconds is -1.0"),
         (dict(steps=0), "steps is 0"),
+        (dict(precision="half"), "precision is 'half'"),
     ],
 )
 def test_bad_budgets(changes, message):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,9 @@ class TaskBudget:
     evaluation_tokens: int = 1 << 19
     """Tokens read to evaluate at one length; rows = this over the length, at least one."""
 
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; parameters stay float32. auto = bfloat16 on a GPU that has it, else float32."""
+
     def __post_init__(self) -> None:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
         for name in ("tokens_per_step", "evaluation_tokens"):
@@ -64,7 +67,14 @@ class TaskBudget:
             raise ConfigError(f"budget.stop_at_accuracy is {self.stop_at_accuracy!r}; expected a share in [0, 1].")
         if not self.seconds >= 0:
             raise ConfigError(f"budget.seconds is {self.seconds!r}; expected a number >= 0.")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"budget.precision is {self.precision!r}; expected auto, float32 or bfloat16.")
         self.training(2, 0)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Compute dtype on `device`; never float16, whose gradients would have to be scaled."""
+        found = resolve_precision(self.precision, device)
+        return torch.float32 if found == torch.float16 else found
 
     def rows(self, length: int) -> int:
         """Rows of a training step."""
@@ -155,7 +165,7 @@ def train_on_task(
         task: where training and evaluation rows come from.
         budget: steps, rate and limits.
         seed: of the parameters and of the training rows. Evaluation rows do not depend on it.
-        device: where everything runs; bfloat16 autocast on a GPU that has it, float32 on a CPU.
+        device: where everything runs.
 
     Cost: one wait for the device a step (the model's check of the token ids) and one more every 50 steps.
     """
@@ -167,7 +177,7 @@ def train_on_task(
     training = budget.training(task.length, seed)
     optimizer = build_optimizer(model, training, device)
     generator = torch.Generator(device).manual_seed(seed)
-    precision = resolve_precision("auto", device)
+    precision = budget.dtype(device)
     # Tiny models: nothing has to be computed twice to save memory.
     model.segment_tokens = max(model.segment_tokens, training.batch_size * task.length)
     model.train()
@@ -239,7 +249,7 @@ def evaluate_on_task(model: LanguageModel, task: Task, length: int, budget: Task
     Rows longer than `budget.tokens_per_step` are read in segments with the state carried.
     """
     device = model.output_weight.device
-    precision = resolve_precision("auto", device)
+    precision = budget.dtype(device)
     generator = torch.Generator(device).manual_seed(_EVALUATION_SEED)
     rows = max(1, budget.evaluation_tokens // length)
     model.eval()
