@@ -183,6 +183,41 @@ def test_memory_estimate_knows_the_state(options):
     assert 0.25 * needed["states"] < state.num_bytes < 0.6 * needed["states"]
 
 
+@pytest.mark.gpu
+@every_kind
+def test_a_gpu_says_the_same(options):
+    torch.manual_seed(0)
+    sizes = dict(head_dim=16, state_size=32, d_model=64, attention_head_dim=32)
+    model = LanguageModel(ModelConfig(**SIZES | sizes | options))
+    ids, bounds = draw(2, 200), torch.tensor([0, 70, 71, 200])
+    exact = model.double()(ids).logits
+    packed = model(ids[:1], cu_seqlens=bounds).logits
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model = model.float().cuda()
+    model.zero_grad()
+    ids, bounds = ids.cuda(), bounds.cuda()
+    first = model(ids[:, :90])
+    state, parts = first.state, [first.logits]
+    with torch.no_grad():
+        for piece in ids[:, 90:].split([100, 1, 9], dim=1):
+            out = model(piece, state=state)
+            state = out.state
+            parts.append(out.logits)
+    assert (torch.cat(parts, 1).cpu() - exact).norm() / exact.norm() < 5e-3
+    assert (model(ids[:1], cu_seqlens=bounds).logits.cpu() - packed).norm() / packed.norm() < 5e-3
+    model(ids, labels=ids).loss.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert (parameter.grad.cpu() - gradient).norm() / gradient.norm() < 2e-2, name
+    model.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        narrow = model(ids, labels=ids).loss
+        assert (narrow - loss).abs() < 0.02
+    narrow.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["window", "mamba2", "mamba3", "mamba3-hybrid"])
 def test_without_attention_to_everything_the_state_is_bounded(kind):
     model = build(**KINDS[kind])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_bk.errors import BackendError, ShapeError
-from resnet_bk.ops.state_space import TrapezoidState, choose_scan_backend, mamba2_scan, mamba3_scan
+from resnet_bk.ops.state_space import TrapezoidState, choose_scan_backend, mamba2_scan, mamba3_scan, published
 
 BATCH, HEADS, VALUE, STATE = 2, 3, 4, 8
 KINDS = ["mamba2", "mamba3"]
@@ -33,6 +33,7 @@ def draw(kind, time, *, batch=BATCH, dtype=torch.float64):
     else:
         tokens |= {"log_decay": -F.softplus(normal(batch, time, HEADS)) * step}
         tokens |= {"trapezoid": normal(batch, time, HEADS), "turn": normal(batch, time, STATE // 4)}
+        tokens |= {"gate": normal(batch, time, HEADS, VALUE)}
         per_head = {"skip": normal(HEADS)} | {name: normal(HEADS, STATE) for name in ("write_bias", "read_bias")}
         angle = normal(batch, HEADS, STATE // 4)
         state = TrapezoidState(memory, angle, normal(batch, HEADS, STATE), normal(batch, HEADS, VALUE))
@@ -120,7 +121,7 @@ def test_mamba3_is_a_sum_over_the_past_in_complex_numbers():
     (q, q_rest), (k, k_rest) = pairs
     scores = torch.einsum("bihp,bjhp->bijh", q, k.conj()).real + torch.einsum("bihp,bjhp->bijh", q_rest, k_rest)
     expected = torch.einsum("bijh,bjhv->bihv", scores * weight, tokens["value"])
-    expected = expected + per_head["skip"][:, None] * tokens["value"]
+    expected = (expected + per_head["skip"][:, None] * tokens["value"]) * F.silu(tokens["gate"])
     assert (y - expected).abs().max() < 1e-12  # measured 3e-14
 
 
@@ -232,10 +233,16 @@ class TestBadInput:
         with pytest.raises(BackendError, match=r"'published' cannot run: the kernels compute in float32"):
             scan(kind, tokens, per_head, backend="published")
 
-    def test_published_kernels_do_not_continue_packed_documents_of_mamba2(self):
+    def test_what_the_published_kernels_cannot_do(self, monkeypatch):
+        monkeypatch.setattr(published, "obstacle", lambda operand: None)
         tokens, per_head, _ = draw("mamba2", 5, batch=1, dtype=torch.float32)
-        with pytest.raises(BackendError, match="'published' cannot run: it cannot continue packed documents"):
+        with pytest.raises(BackendError, match="'published' cannot run: the kernels do not return the memories"):
             scan("mamba2", tokens, per_head, cu_seqlens=torch.tensor([0, 5]), backend="published")
+        tokens, per_head, _ = draw("mamba3", 5, dtype=torch.float32)
+        with pytest.raises(BackendError, match="states and values of 16, 32, 64, 128 or 256 channels, not 8, 4"):
+            scan("mamba3", tokens, per_head, backend="published")
+        with pytest.raises(BackendError, match=r"at most 2,147,483,647 elements .* the values has 2,147,483,648"):
+            published.check_offsets(2**31, "the values")
 
     def test_on_a_cpu_auto_is_chunked(self):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):

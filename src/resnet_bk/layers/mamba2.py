@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resnet_bk.ops.dispatch import compute_dtype
 from resnet_bk.ops.short_convolution import short_convolution
-from resnet_bk.ops.state_space import ScanBackend, mamba2_scan
+from resnet_bk.ops.state_space import ScanBackend, gate_then_norm, mamba2_scan
 
 if TYPE_CHECKING:
     from resnet_bk.models.config import ModelConfig
@@ -100,9 +100,8 @@ class Mamba2(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        gated = y.flatten(2).to(wide) * F.silu(gate.to(wide))
-        normed = F.rms_norm(gated, gated.shape[-1:], self.norm_weight.to(wide), self.epsilon)
-        return self.out_proj(normed.to(u.dtype)), Mamba2State(memory, history)
+        y = gate_then_norm(y.flatten(2), gate, self.norm_weight, epsilon=self.epsilon, backend=self.backend)
+        return self.out_proj(y), Mamba2State(memory, history)
 
 
 @torch.no_grad()

@@ -75,14 +75,15 @@ class Mamba3(nn.Module):
             step,
             torch.clamp(-F.softplus(rate.to(wide)), max=-RATE_FLOOR) * step,
             trapezoid,
-            F.rms_norm(write, write.shape[-1:], eps=self.epsilon) * self.write_norm.to(write.dtype),
-            F.rms_norm(read, read.shape[-1:], eps=self.epsilon) * self.read_norm.to(read.dtype),
+            F.rms_norm(write.to(wide), write.shape[-1:], self.write_norm.to(wide), self.epsilon),
+            F.rms_norm(read.to(wide), read.shape[-1:], self.read_norm.to(wide), self.epsilon),
             turn,
             skip=self.skip,
             write_bias=self.write_bias,
             read_bias=self.read_bias,
+            gate=gate.unflatten(-1, (-1, self.head_dim)),
             initial=state,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        return self.out_proj(y.flatten(2) * F.silu(gate)), after
+        return self.out_proj(y.flatten(2)), after

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnet_bk.errors import BackendError, ShapeError
 from resnet_bk.ops.dispatch import Backend, choose_backend, compute_dtype, document_boundaries
@@ -14,9 +15,12 @@ from resnet_bk.ops.state_space import published
 from resnet_bk.ops.state_space.chunked import mamba2_chunked, mamba3_chunked
 from resnet_bk.ops.state_space.reference import mamba2_reference, mamba3_reference
 
-__all__ = ["ScanBackend", "TrapezoidState", "choose_scan_backend", "mamba2_scan", "mamba3_scan"]
+__all__ = ["ScanBackend", "TrapezoidState", "choose_scan_backend", "gate_then_norm", "mamba2_scan", "mamba3_scan"]
 
 ScanBackend = Literal["auto", "reference", "chunked", "triton", "published"]
+
+
+_PUBLISHED_SIZES = (16, 32, 64, 128, 256)
 
 
 class TrapezoidState(NamedTuple):
@@ -31,7 +35,7 @@ class TrapezoidState(NamedTuple):
     """Of the last token."""
 
 
-def choose_scan_backend(backend: ScanBackend, operand: Tensor, *, packed: bool = False) -> str:
+def choose_scan_backend(backend: ScanBackend, operand: Tensor, *, unable: str | None = None) -> str:
     """The backend that runs a scan.
 
     "auto" is "published", the kernels of the package `mamba_ssm`, on a CUDA device if that can be imported and the
@@ -41,7 +45,7 @@ def choose_scan_backend(backend: ScanBackend, operand: Tensor, *, packed: bool =
     Args:
         backend: a name of `ScanBackend`.
         operand: the values.
-        packed: whether documents are packed in a way that the published kernels do not know.
+        unable: what the published kernels cannot do of what is asked; None if they can.
 
     Raises:
         BackendError: an unknown name, or one that cannot run here; the message says why.
@@ -51,7 +55,7 @@ def choose_scan_backend(backend: ScanBackend, operand: Tensor, *, packed: bool =
             names = "'auto', 'reference', 'chunked', 'triton', 'published'"
             raise BackendError(f"backend is {backend!r}; expected one of {names}.")
         return choose_backend(backend, operand)
-    unable = "it cannot continue packed documents" if packed else published.obstacle(operand)
+    unable = published.obstacle(operand) or unable
     if backend == "published":
         if unable:
             raise BackendError(f"backend 'published' cannot run: {unable}. Use 'auto' or 'chunked'.")
@@ -86,7 +90,8 @@ def mamba2_scan(
         initial: memory before the first token of every row (document with `cu_seqlens`); None is empty.
         cu_seqlens: boundaries of documents packed along time (batch 1).
         backend: "reference" runs token by token, "chunked" and "triton" are those of `semiseparable_mix`, "published"
-            calls `mamba_ssm` (no packed documents); see `choose_scan_backend`.
+            calls `mamba_ssm` (no packed documents); see `choose_scan_backend`. "auto" takes one step of its own for
+            a single token that continues a memory, where there is no gradient.
 
     Returns:
         y in the dtype of `value`, and the memory in float32 or wider.
@@ -98,7 +103,10 @@ def mamba2_scan(
     Source: state-space duality (Dao and Gu, 2024); DERIVATION.md.
     """
     batch, time, heads, width, state = _check_shapes(value, step, write, read, {"rate": rate, "skip": skip})
-    chosen = choose_scan_backend(backend, value, packed=cu_seqlens is not None)
+    unable = None if cu_seqlens is None else "the kernels do not return the memories of packed documents"
+    chosen = choose_scan_backend(backend, value, unable=unable)
+    if backend == "auto" and _is_step(time, initial):
+        chosen = "chunked"
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
     dtype = compute_dtype(value, step)
@@ -135,6 +143,7 @@ def mamba3_scan(
     skip: Float[Tensor, " heads"],
     write_bias: Float[Tensor, "heads state"],
     read_bias: Float[Tensor, "heads state"],
+    gate: Float[Tensor, "batch time heads value"] | None = None,
     initial: TrapezoidState | None = None,
     cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     backend: ScanBackend = "auto",
@@ -158,10 +167,11 @@ def mamba3_scan(
         skip: D.
         write_bias: added per head before the rotation.
         read_bias: added per head before the rotation.
+        gate: raw; y is multiplied by its silu.
         initial: state before the first token of every row (document with `cu_seqlens`); None is empty.
         cu_seqlens: boundaries of documents packed along time (batch 1).
         backend: "reference" runs token by token, "chunked" and "triton" are those of `semiseparable_mix`, "published"
-            calls `mamba_ssm`, whose kernels round to bfloat16; see `choose_scan_backend`.
+            calls `mamba_ssm`, whose kernels round to bfloat16; "auto" as for `mamba2_scan`.
 
     Returns:
         y in the dtype of `value`, and the state in float32 or wider.
@@ -173,13 +183,21 @@ def mamba3_scan(
     Source: Mamba-3 (2026); DERIVATION.md, which also says why no output sees a later step size.
     """
     batch, time, heads, width, state = _check_shapes(value, step, write, read, {"skip": skip})
+    if gate is not None:
+        _check_state({"gate": gate}, {"gate": tuple(value.shape)})
     expected = {"log_decay": step.shape, "trapezoid": step.shape, "turn": (batch, time, state // 4)}
     _check_state({"log_decay": log_decay, "trapezoid": trapezoid, "turn": turn}, expected)
     biases = {"write_bias": write_bias, "read_bias": read_bias}
     _check_state(biases, dict.fromkeys(biases, (heads, state)))
     if state % 4:
         raise ShapeError(f"half of the state's channels are turned in pairs; {state} must be a multiple of 4.")
-    chosen = choose_scan_backend(backend, value)
+    fit = all(size in _PUBLISHED_SIZES for size in (state, width))
+    unable = (
+        None if fit else f"the kernels take states and values of 16, 32, 64, 128 or 256 channels, not {state}, {width}"
+    )
+    chosen = choose_scan_backend(backend, value, unable=unable)
+    if backend == "auto" and _is_step(time, initial):
+        chosen = "chunked"
     bounds = None if cu_seqlens is None else document_boundaries(cu_seqlens, batch, time)
     rows = batch if bounds is None else len(bounds) - 1
     dtype = compute_dtype(value, step)
@@ -196,7 +214,7 @@ def mamba3_scan(
     if chosen == "published":
         published.check_offsets(batch * time * heads * max(state, width), "the turned keys")
         y, after = published.mamba3_published(
-            value, step, log_decay, trapezoid, write, read, turn, skip, write_bias, read_bias, initial, cu_seqlens
+            value, step, log_decay, trapezoid, write, read, turn, skip, write_bias, read_bias, gate, initial, cu_seqlens
         )
         return y.to(value.dtype), TrapezoidState(*after)
     trapezoid, turn, skip = trapezoid.to(dtype), turn.to(dtype), skip.to(dtype)
@@ -204,7 +222,7 @@ def mamba3_scan(
     if chosen != "reference":
         operands = (value, step, log_decay, trapezoid, write, read, turn, skip)
         y, after = mamba3_chunked(*operands, initial, bounds, cu_seqlens, cast(Backend, chosen))
-        return y, TrapezoidState(*after)
+        return _gated(y, gate), TrapezoidState(*after)
     if initial is None:
         initial = TrapezoidState(*(value.new_zeros(shape, dtype=dtype) for shape in shapes.values()))
     tokens = (value.to(dtype), step, log_decay, trapezoid, write, read, turn)
@@ -216,7 +234,47 @@ def mamba3_scan(
         outputs.append(y)
         finals.append(after)
     ends = (torch.cat(parts) for parts in zip(*finals, strict=True))
-    return torch.cat(outputs, dim=1).to(value.dtype), TrapezoidState(*ends)
+    return _gated(torch.cat(outputs, dim=1).to(value.dtype), gate), TrapezoidState(*ends)
+
+
+def gate_then_norm(
+    y: Float[Tensor, "*batch inner"],
+    gate: Float[Tensor, "*batch inner"],
+    weight: Float[Tensor, " inner"],
+    *,
+    epsilon: float = 1e-5,
+    backend: ScanBackend = "auto",
+) -> Float[Tensor, "*batch inner"]:
+    """RMS norm of y silu(gate) over all channels, times weight: what stands behind Mamba-2's scan.
+
+    Args:
+        y: output of the scan, all heads side by side.
+        gate: raw.
+        weight: one a channel.
+        epsilon: added to the mean square.
+        backend: "published" calls `mamba_ssm`; every other name is plain PyTorch. "auto" as in `choose_scan_backend`.
+
+    Returns:
+        The result in the dtype of `y`, computed in float32 or wider.
+    """
+    _check_state({"gate": gate, "weight": weight}, {"gate": tuple(y.shape), "weight": tuple(y.shape[-1:])})
+    if choose_scan_backend(backend, y) == "published":
+        return published.gate_then_norm_published(y, gate, weight, epsilon)
+    wide = compute_dtype(y)
+    gated = y.to(wide) * F.silu(gate.to(wide))
+    return F.rms_norm(gated, gated.shape[-1:], weight.to(wide), epsilon).to(y.dtype)
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return y
+    wide = compute_dtype(y)
+    return (y.to(wide) * F.silu(gate.to(wide))).to(y.dtype)
+
+
+def _is_step(time: int, initial: object) -> bool:
+    """Whether this is one token that continues a state, without gradient."""
+    return time == 1 and initial is not None and not torch.is_grad_enabled()
 
 
 def _pieces(bounds: list[int] | None, time: int) -> list[tuple[slice, int, int]]:

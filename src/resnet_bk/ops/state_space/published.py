@@ -73,6 +73,7 @@ def mamba3_published(
     skip: Tensor,
     write_bias: Tensor,
     read_bias: Tensor,
+    gate: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -94,9 +95,17 @@ def mamba3_published(
         K_bias=write_bias.float(),
         Angles=turn.unsqueeze(2).expand(-1, -1, value.shape[2], -1),
         D=skip.float(),
+        Z=gate,
         Input_States=given,
         chunk_size=MAMBA3_CHUNK,
         return_final_states=True,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.int(),
     )
     return y, (memory.float().transpose(-1, -2), angle, key.float(), last_value.float())
+
+
+def gate_then_norm_published(y: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `resnet_bk.ops.state_space.gate_then_norm`."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    return rmsnorm_fn(y, weight, None, z=gate, eps=epsilon, norm_before_gate=False)
