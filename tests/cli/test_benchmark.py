@@ -105,3 +105,13 @@ def test_synthetic_trains_each_model_on_each_task(folder, capsys):
     assert (row["metrics"]["task"], row["metrics"]["arm"]) == ("parity", "bk")
     assert main([*command, "--tasks", "paritty"]) == 2
     assert "Unknown task 'paritty'; did you mean 'parity'?" in capsys.readouterr().err
+
+
+def test_long_context_reads_beyond_the_training_length(folder, capsys):
+    command = compare(folder, "--rates", "1e-3", "--sequence-length", "8", "--models", "bk,transformer")
+    command[1] = "long-context"
+    assert main([*command, "--times", "4", "--texts", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "trained at 8; 1 concatenations of documents, 32 tokens each" in out and "16-31" in out
+    assert len((folder / "b/results/long-context.jsonl").read_text().splitlines()) == 2
+    assert main([*command, "--times", "0"]) == 2

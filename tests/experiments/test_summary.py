@@ -28,7 +28,7 @@ ROWS = [
 
 
 def test_means_are_over_the_seeds_of_the_best_rate():
-    a, b, c = summarise(ROWS, (0, 1))
+    a, b, c = summarise(ROWS)
     assert (a.rate, a.seeds, a.validation.values) == (1e-3, (0, 1), (10.0, 12.0))
     assert a.validation.mean == 11 and a.validation.deviation == pytest.approx(2**0.5)
     assert a.at_edge and not b.at_edge
@@ -38,7 +38,7 @@ def test_means_are_over_the_seeds_of_the_best_rate():
 
 
 def test_one_seed_has_no_spread():
-    a, c = summarise([ROWS[0], ROWS[-2]], (0,))
+    a, c = summarise([ROWS[0], ROWS[-2]])
     assert verdict(c, a) == "1.150 (one seed)"
     assert a.validation.deviation is None and str(a.validation) == "10.000"
 
@@ -52,18 +52,18 @@ def test_spreads_overlap_or_not(one, other, covered):
 
 
 def test_tokens_to_equal_is_a_share_of_the_reference():
-    a, b, c = summarise(ROWS, (0, 1))
+    a, b, c = summarise(ROWS)
     # b falls from 6.5 at 100 tokens to 5.5 at 400: 6.0, where a ends, lies half way in the logarithm.
     assert tokens_to_equal(b, a) == pytest.approx(200 / 400)
     assert tokens_to_equal(a, b) is None and tokens_to_equal(c, a) is None
 
 
 def test_the_table_relates_everything_to_its_reference():
-    lines = comparison_table(summarise(ROWS, (0, 1)), reference="a").splitlines()
+    lines = comparison_table(summarise(ROWS), reference="a").splitlines()
     assert lines[0].split()[:2] == ["arm", "parameters"] and "/ a" in lines[0]
     assert len(lines) == 5 and "at the edge" in lines[-1]
     assert "50%" in lines[2] and "1.909" in lines[2] and "21.000 ± 1.414" in lines[2]
-    alone = comparison_table(summarise(ROWS[4:], (0, 1)), reference="a").splitlines()
+    alone = comparison_table(summarise(ROWS[4:]), reference="a").splitlines()
     assert alone[1].split()[:7] == ["b", "5", "0.002", "2", "21.000", "±", "1.414"] and alone[1].split()[7] == "10"
 
 

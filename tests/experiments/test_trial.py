@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from resnet_bk.experiments.arms import make_arms
-from resnet_bk.experiments.trial import (
-    DONE,
-    Trial,
+from resnet_bk.experiments.positions import parse_positions
+from resnet_bk.experiments.readings import (
     choose_reading,
     curve_steps,
     format_curve,
     parse_curve,
-    run_trial,
     tokens_to_reach,
 )
+from resnet_bk.experiments.trial import DONE, Trial, run_trial
 
 VARYING = ("tokens_per_second", "evaluation_seconds")
 
@@ -132,3 +131,15 @@ def test_the_reading_is_chosen_on_validation_alone():
     }
     chosen = choose_reading(metrics)
     assert chosen["reading"] == "stream" and chosen["test_loss"] == 3.0
+
+
+def test_loss_by_position_is_measured_after_training(toy_model, toy_training, corpus, tmp_path):
+    plain = make(toy_model, toy_training)
+    trial = dataclasses.replace(plain, text_length=64, texts=3)
+    metrics = run_trial(trial, corpus, folder=tmp_path).metrics
+    bins = parse_positions(metrics["by_position"])
+    assert [(start, stop) for start, stop, _, _ in bins] == [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64)]
+    assert metrics["training_length"] == 16 and all(loss > 0 and error >= 0 for _, _, loss, error in bins)
+    # It is part of what a run is, where it is asked for.
+    assert trial.identity(corpus) != plain.identity(corpus)
+    assert "texts" not in plain.identity(corpus)

@@ -10,6 +10,7 @@ from resnet_bk.errors import ConfigError
 BENCHMARKS = {
     "compare": "train models of equal size on the same tokens and compare their perplexities",
     "synthetic": "train models of equal size on tasks that each ask for one ability",
+    "long-context": "train on short sequences, read long texts, compare the loss by position",
     "flops": "count the operations of models of equal size, by part",
     "speed": "time models of equal size, forward and backward",
 }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from resnet_bk.cli.arguments import Parser, model_parser, run_parser
+from resnet_bk.cli.arguments import Parser, model_parser, run_config, run_parser
 from resnet_bk.errors import ConfigError
 from resnet_bk.evaluation.ledger import BENCHMARKS
 from resnet_bk.experiments.arms import ARMS, Arm, make_arms, named_arms
-from resnet_bk.experiments.corpora import CorpusSource, ExperimentCorpus
+from resnet_bk.experiments.corpora import CorpusSource
 
 DEFAULT_PRESET = "tiny"
 
@@ -33,8 +34,74 @@ def training_parser(name: str, description: str, arguments: Sequence[str]) -> tu
         help="Folder of prepared token shards, or .npy file of token ids, to use instead of data.name.",
     )
     _add_arms(parser)
+    parser.add_argument(
+        "--rates", type=str, default=None, help="Learning rates of the sweep; default: half, once, twice training's."
+    )
+    parser.add_argument("--seeds", type=str, default="0,1,2", help="Seeds joined by commas; the first makes the sweep.")
+    parser.add_argument(
+        "--context",
+        type=Literal["fresh", "carried", "documents"],
+        default="fresh",
+        help="How training sequences begin: with an empty state, with that of the batch before, or with an empty "
+        "state at every document too.",
+    )
+    parser.add_argument("--window", type=int, default=0, help="Tokens of evaluation windows; 0 = training length.")
+    parser.add_argument(
+        "--curve-points", type=int, default=8, help="Evaluations on the way: at 1, 1/2, 1/4, ... of it."
+    )
+    parser.add_argument("--sequence-length", type=int, default=None, help="The same as --training.sequence_length.")
+    parser.add_argument("--parallel", type=int, default=1, help="Runs at once; small models do not fill a GPU.")
+    parser.add_argument("--work", type=str, default="runs/compare", help="Folder for what a broken run continues from.")
     add_ledger_options(parser)
     return parser, arguments
+
+
+def run_comparison(
+    name: str, parser: Parser, options: Any, arguments: Sequence[str], question: str, **changes: Any
+) -> list[dict[str, Any]]:
+    """The rows of the comparison that a `training_parser` parsed.
+
+    Args:
+        name: of the benchmark.
+        parser: the parser.
+        options: what it parsed.
+        arguments: what the user gave, for the ledger.
+        question: ledger file unless `--question` names another.
+        **changes: further fields of `Comparison`; one that is a function is called with the training configuration.
+    """
+    from resnet_bk.experiments.compare import Comparison, compare, default_rates, parse_numbers
+
+    config = run_config(parser, options)
+    training = config.training
+    if options.sequence_length is not None:
+        training = dataclasses.replace(training, sequence_length=options.sequence_length)
+    source = CorpusSource(options.tokens, config.data, config.model.vocab_size)
+    corpus = source.open()
+    rates = default_rates(training.learning_rate) if options.rates is None else parse_numbers(options.rates, "rates")
+    further: dict[str, Any] = {field: value(training) if callable(value) else value for field, value in changes.items()}
+    comparison = Comparison(
+        arms=arms_of(options, dataclasses.replace(config.model, vocab_size=corpus.vocab_size)),
+        training=training,
+        rates=rates,
+        seeds=parse_numbers(options.seeds, "seeds", int),
+        context=options.context,
+        window=options.window,
+        curve_points=options.curve_points,
+        label=options.label,
+        **further,
+    )
+    return compare(
+        comparison,
+        source,
+        corpus=corpus,
+        command=command_line(name, arguments),
+        question=options.question or question,
+        benchmarks=Path(options.benchmarks),
+        work_dir=Path(options.work),
+        budget=options.budget,
+        parallel=options.parallel,
+        commit=options.commit,
+    )
 
 
 def shape_parser(name: str, description: str, arguments: Sequence[str]) -> Parser:
@@ -52,10 +119,9 @@ def _add_arms(parser: Parser) -> None:
     )
 
 
-def add_ledger_options(parser: Parser, *, question: bool = True, label: bool = True) -> None:
+def add_ledger_options(parser: Parser, *, label: bool = True) -> None:
     """Add the options of where rows go and when to stop."""
-    if question:
-        parser.add_argument("--question", type=str, default=None, help="File of benchmarks/results that rows go to.")
+    parser.add_argument("--question", type=str, default=None, help="File of benchmarks/results that rows go to.")
     parser.add_argument("--benchmarks", type=str, default=str(BENCHMARKS), help="Folder of the ledger.")
     parser.add_argument("--commit", type=str, default=None, help="Commit of the code, where git cannot tell.")
     if label:
@@ -69,12 +135,6 @@ def arms_of(options: Any, base: Any) -> tuple[Arm, ...]:
     if options.arms is not None:
         changes |= _read_arms(options.arms)
     return make_arms(base, changes)
-
-
-def source_of(options: Any, run: Any) -> tuple[CorpusSource, ExperimentCorpus]:
-    """Where the tokens come from, and the opened corpus."""
-    source = CorpusSource(options.tokens, run.data, run.model.vocab_size)
-    return source, source.open()
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:

@@ -27,21 +27,24 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--rates", type=str, default="5e-4,2e-3,8e-3", help="Learning rates of the sweep.")
     parser.add_argument("--seeds", type=str, default="0,1,2", help="Seeds joined by commas; the first makes the sweep.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    add_ledger_options(parser, question=False, label=False)
+    parser.add_argument("--parallel", type=int, default=1, help="Runs at once; small models do not fill a GPU.")
+    add_ledger_options(parser, label=False)
     options = parser.parse(arguments)
 
     from resnet_bk.experiments.compare import parse_numbers
-    from resnet_bk.experiments.suite import synthetic_suite
+    from resnet_bk.experiments.suite import QUESTION, synthetic_suite
     from resnet_bk.training.device import resolve_device
 
     synthetic_suite(
-        {arm.name: arm.model for arm in arms_of(options, model_config(parser, options))},
+        arms_of(options, model_config(parser, options)),
         _tasks(options.tasks),
         budget=TaskBudget(**vars(options.task)),
         rates=parse_numbers(options.rates, "rates"),
         seeds=parse_numbers(options.seeds, "seeds", int),
         device=resolve_device(options.device),
+        parallel=options.parallel,
         command=command_line("synthetic", arguments),
+        question=options.question or QUESTION,
         seconds=float("inf") if options.budget is None else options.budget,
         benchmarks=Path(options.benchmarks),
         commit=options.commit,

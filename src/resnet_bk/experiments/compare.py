@@ -48,6 +48,10 @@ class Comparison:
     """Evaluations of each run on the way."""
     label: str = ""
     """Part of every run's identity, for running again what has rows already."""
+    text_length: int = 0
+    """Tokens of the long texts on which the loss by position is measured after training; 0 leaves that out."""
+    texts: int = 16
+    """Most of those texts."""
 
     def __post_init__(self) -> None:
         """Check what can be known before anything runs; raises `ConfigError`."""
@@ -68,7 +72,9 @@ class Comparison:
     def trial(self, arm: Arm, rate: float, seed: int) -> Trial:
         """One run."""
         training = dataclasses.replace(self.training, learning_rate=rate, seed=seed)
-        return Trial(arm, training, self.context, self.window, self.curve_points, self.label)
+        return Trial(
+            arm, training, self.context, self.window, self.curve_points, self.label, self.text_length, self.texts
+        )
 
     def due(self, done: Callable[[Trial], Mapping[str, Any] | None]) -> Iterator[Trial]:
         """The runs that are known to belong to the comparison, arms in turn, those with results among them.
@@ -179,7 +185,7 @@ def compare(
     named = {row["config_hash"]: row for row in read_rows(question, benchmarks) if finished(row["metrics"])}
     found = [named[k] for k in ours if k in named]
     report(f"\n{corpus.name}: {len(found)} of at least {len(ours)} runs have results, {len(rows) - before} new.")
-    report(comparison_table(summarise(found, comparison.seeds), reference=comparison.arms[0].name))
+    report(comparison_table(summarise(found), reference=comparison.arms[0].name))
     if not complete:
         report("The time was up; the same command continues.")
     for k, result in failed.items():

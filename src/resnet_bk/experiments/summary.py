@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resnet_bk.experiments.readings import parse_curve, tokens_to_reach
 from resnet_bk.experiments.rows import aligned
-from resnet_bk.experiments.trial import DONE, parse_curve, tokens_to_reach
+from resnet_bk.experiments.trial import DONE
 
 
 @dataclass(frozen=True)
@@ -67,32 +68,47 @@ class ArmSummary:
         return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
 
 
-def summarise(rows: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> list[ArmSummary]:
-    """One summary for each arm that has results, in order of appearance.
-
-    The rate is that of the lowest validation loss with the first of `seeds` that the arm was run with; runs at other
-    rates do not enter the means.
-    """
-    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+def by_arm(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows that have a result, by arm, in order of appearance."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["metrics"]["outcome"] == DONE:
-            by_arm.setdefault(row["metrics"]["arm"], []).append(row)
-    return [_summary(name, runs, seeds) for name, runs in by_arm.items()]
+            found.setdefault(row["metrics"]["arm"], []).append(row)
+    return found
 
 
-def _summary(name: str, runs: list[Mapping[str, Any]], seeds: Sequence[int]) -> ArmSummary:
-    first = next(seed for seed in [*seeds, runs[0]["seeds"][0]] if any(run["seeds"] == [seed] for run in runs))
-    sweep = [run for run in runs if run["seeds"] == [first]]
-    best = min(sweep, key=lambda run: run["metrics"]["validation_loss"])
-    rate = best["metrics"]["learning_rate"]
-    chosen = [run for run in runs if run["metrics"]["learning_rate"] == rate]
+def sweep_of(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs of an arm that make its sweep: those of the seed that was run at the most rates, the first such."""
+    seeds = dict.fromkeys(run["seeds"][0] for run in runs)
+    sweeps = [[run for run in runs if run["seeds"] == [seed]] for seed in seeds]
+    return max(sweeps, key=len)
+
+
+def best_runs(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The runs of each arm, one a seed, at the rate of the lowest validation loss in its sweep."""
+    found = {}
+    for name, runs in by_arm(rows).items():
+        best = min(sweep_of(runs), key=lambda run: run["metrics"]["validation_loss"])
+        rate = best["metrics"]["learning_rate"]
+        found[name] = [run for run in runs if run["metrics"]["learning_rate"] == rate]
+    return found
+
+
+def summarise(rows: Iterable[Mapping[str, Any]]) -> list[ArmSummary]:
+    """One summary for each arm that has results, in order of appearance; runs at other rates than the best are out."""
+    rows = list(rows)
+    runs = by_arm(rows)
+    return [_summary(name, chosen, sweep_of(runs[name])) for name, chosen in best_runs(rows).items()]
+
+
+def _summary(name: str, chosen: list[Mapping[str, Any]], sweep: list[Mapping[str, Any]]) -> ArmSummary:
     metrics = [run["metrics"] for run in chosen]
     peaks = [m["peak_bytes"] for m in metrics if m["peak_bytes"] is not None]
     return ArmSummary(
         name=name,
-        rate=rate,
+        rate=metrics[0]["learning_rate"],
         rates=tuple(run["metrics"]["learning_rate"] for run in sweep),
-        parameters=best["parameters"]["without_embeddings"],
+        parameters=chosen[0]["parameters"]["without_embeddings"],
         seeds=tuple(run["seeds"][0] for run in chosen),
         validation=Spread(tuple(m["validation_perplexity"] for m in metrics)),
         test=_spread(metrics, "test_perplexity"),

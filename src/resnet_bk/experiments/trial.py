@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.errors import DomainError, ResNetBKError
-from resnet_bk.evaluation.perplexity import StreamEvaluation, evaluate_stream
+from resnet_bk.evaluation.perplexity import StreamEvaluation, evaluate_stream, loss_by_position
 from resnet_bk.experiments.arms import Arm
 from resnet_bk.experiments.batches import TrainingBatch, TrainingBatches
 from resnet_bk.experiments.corpora import ExperimentCorpus
+from resnet_bk.experiments.positions import format_positions, long_texts, position_edges
 from resnet_bk.experiments.progress import load_run, remove_run, save_run
+from resnet_bk.experiments.readings import choose_reading, curve_steps, format_curve
 from resnet_bk.experiments.windows import evaluate_windows
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
@@ -58,6 +60,10 @@ class Trial:
     """Evaluations on the way, at shares 1, 1/2, 1/4, ... of the steps."""
     label: str = ""
     """Anything that tells this run from an equal one made before; rows with another label do not count for it."""
+    text_length: int = 0
+    """Tokens of the long texts on which the loss by position is measured after training; 0 leaves that out."""
+    texts: int = 16
+    """Most of those texts."""
 
     @property
     def tokens(self) -> int:
@@ -91,6 +97,7 @@ class Trial:
         """
         device = self.device
         training = {name: v for name, v in dataclasses.asdict(self.training).items() if name not in _UNUSED}
+        long = {"text_length": self.text_length, "texts": self.texts} if self.text_length else {}
         return {
             "kind": "trial",
             "model": self.arm.model.to_dict(),
@@ -102,6 +109,7 @@ class Trial:
             "curve_points": self.curve_points,
             "label": self.label,
             "corpus": corpus.identity,
+            **long,
         }
 
 
@@ -278,6 +286,8 @@ class _Run:
             for split in self.corpus.splits.values():
                 metrics |= self._evaluate(split)
             metrics |= choose_reading(metrics)
+            if trial.text_length:
+                metrics |= self._by_position()
             metrics["evaluation_seconds"] = round(time.perf_counter() - started, 3)
         metrics["training_state"] = trial.context if trial.context != "carried" or trial.carries_state else "fresh"
         return TrialResult(outcome, metrics, predictions, before + time.monotonic() - began)
@@ -298,6 +308,15 @@ class _Run:
             metrics[f"{split.name}_bits_per_byte_{name}"] = reading.bits_per_byte
         return metrics
 
+    def _by_position(self) -> dict[str, float | int | str | None]:
+        """Loss by position in long texts, one segment at a time with the state carried."""
+        trained = self.trial.training.sequence_length
+        texts, what = long_texts(self.corpus, self.trial.text_length, self.trial.texts)
+        edges = position_edges(trained, self.trial.text_length)
+        with self._autocast():
+            bins = loss_by_position(self.model, texts, segment_length=self.model.segment_tokens, bins=edges)
+        return {"by_position": format_positions(bins), "texts": what, "training_length": trained}
+
     def _windows(self, tokens: np.ndarray, text_bytes: int | None) -> StreamEvaluation:
         length = self.trial.window or self.trial.training.sequence_length
         rows = max(1, self.model.segment_tokens // length)
@@ -306,50 +325,3 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-
-
-def choose_reading(metrics: Mapping[str, Any]) -> dict[str, float | str | None]:
-    """Loss, perplexity and bits per byte of each split by the reading that suits the model on validation.
-
-    Some models profit from everything before a token, others do not go beyond the length they were trained at; each is
-    shown as it is best used, and the other reading stays in the row.
-    """
-    readings = [name for name in ("windows", "stream") if metrics.get(f"validation_loss_{name}") is not None]
-    best = min(readings, key=lambda name: metrics[f"validation_loss_{name}"])
-    chosen: dict[str, float | str | None] = {"reading": best}
-    for split in ("validation", "test"):
-        loss = metrics.get(f"{split}_loss_{best}")
-        if loss is not None:
-            chosen[f"{split}_loss"] = loss
-            chosen[f"{split}_perplexity"] = math.exp(loss) if loss < 709 else None
-            chosen[f"{split}_bits_per_byte"] = metrics[f"{split}_bits_per_byte_{best}"]
-    return chosen
-
-
-def curve_steps(steps: int, points: int) -> list[int]:
-    """Steps at which a run of `steps` is evaluated: the last, its half, its quarter, ..., in order."""
-    return sorted({round(steps / 2**k) for k in range(points)} - {0})
-
-
-def format_curve(curve: Sequence[Sequence[float]]) -> str:
-    """A curve as one word a point, `tokens:training loss:validation loss`, for the ledger."""
-    return " ".join(f"{int(tokens)}:{train:.4f}:{validation:.4f}" for tokens, train, validation in curve)
-
-
-def parse_curve(text: str) -> list[tuple[int, float, float]]:
-    """The points of `format_curve`."""
-    points = (word.split(":") for word in text.split())
-    return [(int(tokens), float(train), float(validation)) for tokens, train, validation in points]
-
-
-def tokens_to_reach(curve: Sequence[tuple[int, float, float]], loss: float) -> float | None:
-    """Tokens after which the validation loss is first `loss`, between points by the logarithm; None if never."""
-    before: tuple[float, float] | None = None
-    for tokens, _, validation in curve:
-        if validation <= loss:
-            if before is None:
-                return float(tokens)
-            share = (before[1] - loss) / (before[1] - validation)
-            return before[0] * (tokens / before[0]) ** share
-        before = float(tokens), validation
-    return None
