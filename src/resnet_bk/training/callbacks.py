@@ -50,7 +50,7 @@ class MetricsFile(Callback):
         """Open the file with the rows up to the current step kept."""
         path = trainer.output_dir / METRICS_FILE
         # A run that starts at step 0 in this folder left no checkpoint to continue: its rows go.
-        rows = _complete_rows(path) if trainer.step and path.exists() else []
+        rows = complete_rows(path) if trainer.step and path.exists() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.step]
         temporary = path.with_name(f".partial-{METRICS_FILE}")
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -145,7 +145,7 @@ def _describe(row: dict[str, Any]) -> str:
     return f"validation loss {row['loss']:.4f}  perplexity {perplexity}{bits}"
 
 
-def _complete_rows(path: Path) -> list[dict[str, Any]]:
+def complete_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line cut off by a kill is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []

@@ -1,0 +1,198 @@
+"""`SpectralMonitor`: a callback that watches the media of a language model, and clips them only if asked to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_bk.errors import ConfigError, DomainError, ShapeError
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.ops.resolvent import GreenState, causal_resolvent, decaying_root
+from resnet_bk.theory.spectral_monitor import MediumReport, clip_factors, medium_report, schatten_bound
+from resnet_bk.training.callbacks import Callback, complete_rows
+
+if TYPE_CHECKING:
+    from resnet_bk.training.trainer import Trainer
+
+SPECTRAL_FILE = "spectral.jsonl"
+
+
+class Medium(NamedTuple):
+    """What one mixer's potential and absorption are for some tokens, and the Green function they make.
+
+    Attributes:
+        potential: v, the scaled potential without the head's energy, float32 or wider, units of the hopping.
+        absorption: eta > 0, same units.
+        real: Re m of the half-line Green function (of its semiclassical root where the dynamics has no scan).
+        imag: Im m.
+    """
+
+    potential: Float[Tensor, "batch time heads"]
+    absorption: Float[Tensor, "batch time heads"]
+    real: Float[Tensor, "batch time heads"]
+    imag: Float[Tensor, "batch time heads"]
+
+
+@torch.no_grad()
+def probe_media(model: Any, probe: Int[Tensor, "batch time"]) -> list[Medium]:
+    """The media of every layer for some tokens, from one forward pass in evaluation mode; the model is left as it was.
+
+    Args:
+        model: a `LanguageModel`.
+        probe: token ids, no more than the model's `segment_tokens`.
+
+    Raises:
+        ShapeError: `probe` is not [batch, time], or too long for one segment.
+        DomainError: a token id outside the vocabulary, or media outside the domain of the resolvent.
+
+    Cost: one forward pass and one scan a layer.
+    """
+    if probe.dim() != 2 or not 0 < probe.numel() <= model.segment_tokens:
+        raise ShapeError(
+            f"probe has shape {list(probe.shape)}; expected [batch, time] with 1 to {model.segment_tokens} tokens "
+            "(model.segment_tokens): pass fewer"
+        )
+    projections: dict[Mixer, Tensor] = {}
+    mixers = [block.mixer for block in model.blocks]
+    hooks = [
+        mixer.in_proj.register_forward_hook(
+            lambda _module, _inputs, output, mixer=mixer: projections.__setitem__(mixer, output)
+        )
+        for mixer in mixers
+    ]
+    try:
+        with _evaluating(model):
+            model.hidden_states(probe.to(model.output_weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_medium(mixer, projections[mixer]) for mixer in mixers]
+
+
+class SpectralMonitor(Callback):
+    """Writes a row about every layer's media to `spectral.jsonl`: absorption, |m| eta <= 1, Im m > 0, Schatten bounds.
+
+    Every row is {"kind": "spectral", "step", "tokens", "layers": [...]}, one entry a layer with the fields of
+    `MediumReport`; with a limit also `clipped_heads` and `smallest_factor`. Training itself is not touched unless a
+    limit is given: then the potential scale of every head whose bound exceeds it on the probe is multiplied by
+    limit / bound, which brings that layer's bound to the limit for the inputs it just had.
+
+    Args:
+        probe: token ids [batch, time] whose media are measured, the same ones at every row.
+        every: optimizer steps between rows, >= 1; the first row is written before training.
+        limit: largest Schatten bound allowed a head and sequence, > 0; None (the default) never clips.
+        order: p of the bound that the limit is for, in [1, infinity].
+        strict: raise `DomainError` when a medium breaks theorem 1, instead of only writing `violations`.
+
+    Raises:
+        ConfigError: a number outside its domain, or a limit for a model without potential.
+    """
+
+    def __init__(
+        self,
+        probe: Int[Tensor, "batch time"],
+        *,
+        every: int = 100,
+        limit: float | None = None,
+        order: float = 2.0,
+        strict: bool = False,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every is {every}; expected a number of steps >= 1.")
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise ConfigError(f"limit is {limit}; expected a finite number > 0, or None for no clipping.")
+        if not order >= 1:
+            raise ConfigError(f"order is {order}; expected a Schatten order in [1, infinity].")
+        self.probe, self.every, self.limit, self.order, self.strict = probe, every, limit, order, strict
+        self.reports: list[MediumReport] = []
+        """One report a layer, of the last row."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Keep the rows up to the current step, and write one for it if a new run starts here."""
+        if self.limit is not None and trainer.model.config.dynamics == "decay_only":
+            raise ConfigError("limit is set, but model.dynamics 'decay_only' has no potential to clip; leave it out.")
+        path = Path(trainer.output_dir) / SPECTRAL_FILE
+        rows = complete_rows(path) if trainer.step and path.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.step]
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        if not kept:
+            self._write(trainer)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Measure, clip if asked to, and write a row when one is due."""
+        if trainer.step % self.every == 0:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, trainer: Trainer) -> None:
+        media = probe_media(trainer.model, self.probe)
+        self.reports = [medium_report(*medium) for medium in media]
+        layers = []
+        for block, medium, report in zip(trainer.model.blocks, media, self.reports, strict=True):
+            # JSON has no NaN or infinity.
+            entry: dict[str, Any] = {k: v if math.isfinite(v) else str(v) for k, v in report._asdict().items()}
+            if self.limit is not None:
+                entry |= self._clip(block.mixer, medium)
+            layers.append(entry)
+        row = {"kind": "spectral", "step": trainer.step, "tokens": trainer.tokens, "layers": layers}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        sick = [(layer, report.violations) for layer, report in enumerate(self.reports) if report.violations]
+        if sick and self.strict:
+            raise DomainError(
+                f"Step {trainer.step}: layer {sick[0][0]} has {sick[0][1]} sites with Im m <= 0, |m| eta > 1 or values "
+                f"that are not finite; expected none, by theorem 1. See {SPECTRAL_FILE}; lower the learning rate."
+            )
+
+    @torch.no_grad()
+    def _clip(self, mixer: Mixer, medium: Medium) -> dict[str, Any]:
+        """Scale the potential of the heads beyond the limit; what that did."""
+        worst = schatten_bound(medium.potential, medium.absorption, self.order).amax(0)
+        factors = clip_factors(worst, self.limit or math.inf)
+        mixer.potential_scale.mul_(factors.to(mixer.potential_scale.dtype))
+        return {"clipped_heads": int((factors < 1).sum()), "smallest_factor": factors.min().item()}
+
+
+def _medium(mixer: Mixer, projection: Tensor) -> Medium:
+    """The medium behind a mixer's raw projection, by the equations of `Mixer.gates`."""
+    config = mixer.config
+    wide = torch.float64 if projection.dtype == torch.float64 else torch.float32
+    raw, shift = projection.split(mixer.sizes, dim=-1)[4:6]
+    bias, floor = mixer.absorption_bias.to(wide), config.absorption_floor
+    absorption = F.softplus(shift.to(wide) + bias) + floor
+    if config.dynamics == "decay_only":
+        potential = torch.zeros_like(absorption)
+        return Medium(potential, absorption, *decaying_root(potential, absorption))
+    energy = mixer.energy.to(wide)
+    potential = mixer.potential_scale.to(wide) * raw.to(wide)
+    if config.dynamics == "semiclassical":
+        return Medium(potential, absorption, *decaying_root(potential - energy, absorption))
+    lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
+    if config.boundary == "wall":
+        lead = GreenState(*(torch.zeros_like(part) for part in lead))
+    (real, imag), _ = causal_resolvent(potential - energy, absorption, initial=lead)
+    return Medium(potential, absorption, real, imag)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, so that no random number is drawn."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
