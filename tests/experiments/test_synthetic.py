@@ -50,6 +50,16 @@ def test_a_passkey_is_learned_and_found_eight_times_further():
     assert result.metrics["stopped"] == "solved"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_passkey_is_learned_on_a_gpu(mixer):
+    config = dataclasses.replace(TINY, state_size=32, mixer=mixer)
+    result = train_on_task(config, KEY, budget(steps=300), seed=0, device="cuda")
+    assert result.accuracy[32] > 0.99
+    again = train_on_task(config, KEY, budget(steps=300), seed=0, device="cuda")
+    assert again.tokens == result.tokens and again.loss == pytest.approx(result.loss, rel=0.2)
+
+
 def test_expressions_are_learned():
     task = ModularExpressions(length=4, evaluation_lengths=(4,), modulus=3)
     assert train_on_task(TINY, task, budget(), seed=0).accuracy[4] > 0.99  # measured: 1

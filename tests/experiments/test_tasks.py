@@ -26,6 +26,19 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TASKS)
+def test_drawing_does_not_wait_for_the_device(name):
+    source = torch.Generator("cuda").manual_seed(0)
+    task = TASKS[name]()
+    task.sample(4, source)  # tables are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task.sample(4, source)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def solve_recall(task, row):
     """The pairs are the leading couples (key, value); a query is a known key at an even place behind them."""
     half, memory, place = task.vocabulary // 2, {}, 0
@@ -145,9 +158,12 @@ SMALL = [
 ]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("task, length", SMALL, ids=lambda value: getattr(value, "name", value))
-def test_labels_are_those_of_a_slow_solver(task, length):
-    tokens, labels = task.sample(40, generator(1), length=length)
+def test_labels_are_those_of_a_slow_solver(task, length, device):
+    source = torch.Generator(device).manual_seed(1)
+    tokens, labels = task.sample(40, source, length=length)
+    assert tokens.device.type == labels.device.type == device
     assert tokens.shape == labels.shape == (40, length)
     assert tokens.dtype == labels.dtype == torch.int64
     assert 0 <= tokens.min() and tokens.max() < task.vocab_size

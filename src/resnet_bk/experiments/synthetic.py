@@ -52,7 +52,7 @@ class TaskBudget:
     """Stop when that share of the training labels of the last 50 steps was right; 0 never stops early."""
     seconds: float = 0.0
     """Stop training after so long, whatever was reached; 0 is no limit."""
-    evaluation_tokens: int = 1 << 19
+    evaluation_tokens: int = 1 << 18
     """Tokens read to evaluate at one length; rows = this over the length, at least one."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
