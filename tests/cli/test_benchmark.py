@@ -98,11 +98,12 @@ def test_flops_are_counted_without_running_anything(capsys):
 
 def test_synthetic_trains_each_model_on_each_task(folder, capsys):
     budget = ["--task.steps", "2", "--task.tokens_per_step", "64", "--task.evaluation_tokens", "64"]
-    options = ["--tasks", "parity", "--models", "bk", "--rates", "1e-3", "--seeds", "0", "--device", "cpu", *budget]
+    tasks = ["--tasks", "parity:length=8"]
+    options = [*tasks, "--models", "bk", "--rates", "1e-3", "--seeds", "0", "--device", "cpu", *budget]
     command = ["benchmark", "synthetic", *MODEL, *options, "--benchmarks", str(folder / "b")]
     assert main(command) == 0
     (row,) = (json.loads(line) for line in (folder / "b/results/synthetic.jsonl").read_text().splitlines())
-    assert (row["metrics"]["task"], row["metrics"]["arm"]) == ("parity", "bk")
+    assert (row["metrics"]["task"], row["metrics"]["arm"]) == ("parity:length=8", "bk")
     assert main([*command, "--tasks", "paritty"]) == 2
     assert "Unknown task 'paritty'; did you mean 'parity'?" in capsys.readouterr().err
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from resnet_bk.cli.arguments import model_config
 from resnet_bk.cli.benchmark_options import add_ledger_options, arms_of, command_line, shape_parser
-from resnet_bk.errors import ConfigError
 from resnet_bk.experiments.synthetic import TaskBudget
 
 DESCRIPTION = (
@@ -19,10 +17,15 @@ DESCRIPTION = (
 
 def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk benchmark synthetic` with these arguments."""
-    from resnet_bk.experiments.tasks import TASKS
+    from resnet_bk.experiments.tasks import TASKS, make_task
 
     parser = shape_parser("synthetic", DESCRIPTION, arguments)
-    parser.add_argument("--tasks", type=str, default=",".join(TASKS), help="Names joined by commas.")
+    parser.add_argument(
+        "--tasks",
+        type=str,
+        default=",".join(TASKS),
+        help="Names joined by commas, each with the fields that differ from the usual: recall:pairs=256:length=1024.",
+    )
     parser.add_class_arguments(TaskBudget, "task")
     parser.add_argument("--rates", type=str, default="5e-4,2e-3,8e-3", help="Learning rates of the sweep.")
     parser.add_argument("--seeds", type=str, default="0,1,2", help="Seeds joined by commas; the first makes the sweep.")
@@ -37,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
     synthetic_suite(
         arms_of(options, model_config(parser, options)),
-        _tasks(options.tasks),
+        [make_task(text) for text in options.tasks.split(",") if text.strip()],
         budget=TaskBudget(**vars(options.task)),
         rates=parse_numbers(options.rates, "rates"),
         seeds=parse_numbers(options.seeds, "seeds", int),
@@ -50,15 +53,3 @@ def run(arguments: Sequence[str]) -> int:
         commit=options.commit,
     )
     return 0
-
-
-def _tasks(names: str) -> list[Any]:
-    """The tasks of these names at their usual size."""
-    from resnet_bk.experiments.tasks import TASKS
-    from resnet_bk.models.config import unknown_key_message
-
-    named = [name.strip() for name in names.split(",") if name.strip()]
-    for name in named:
-        if name not in TASKS:
-            raise ConfigError(unknown_key_message(name, list(TASKS), what="task"))
-    return [TASKS[name]() for name in named]
