@@ -79,12 +79,21 @@ def test_runs_in_processes_come_to_the_same(tmp_path):
         assert one["metrics"] | {"runs_at_once": 2} == other["metrics"]
 
 
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    """Else it would hold the GPU of a suite that was killed."""
+    parents, ended = iter([7, 7, 1]), []
+    monkeypatch.setattr(suite.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(suite.os, "_exit", ended.append)
+    suite._end_with(7, every=0.0)
+    assert ended == [1] and next(parents, None) is None
+
+
 def test_divergence_is_a_result(tmp_path):
     wild = dataclasses.replace(BUDGET, warmup_steps=0, gradient_clip_norm=0.0)
     rows, lines = run(tmp_path, rates=(1e30,), budget=wild, arms=[EXACT])
     # Where every rate diverges there is none to repeat.
     assert [row["metrics"]["stopped"] for row in rows] == ["diverged"] * 2
-    assert "| parity:length=6 | exact | 1e+30 | 1 |" in lines[-1]
+    assert "| exact | 1e+30 | 1 |" in lines[-1]
 
 
 def test_errors_are_rows_and_tried_again(tmp_path, monkeypatch):
@@ -102,18 +111,28 @@ def test_errors_are_rows_and_tried_again(tmp_path, monkeypatch):
 
 
 def test_table_shows_mean_and_spread_of_the_best_rate():
-    def row(seed, rate, loss, tail, recipe="long"):
+    def row(seed, rate, loss, tail, recipe="long", task="parity"):
         metrics = {
-            "task": "parity", "arm": "a", "model": "", "recipe": recipe, "learning_rate": rate, "state_bytes": 1234,
+            "task": task, "arm": "a", "model": "", "recipe": recipe, "learning_rate": rate, "state_bytes": 1234,
             "training_loss_nats": loss, "tail_accuracy_64": tail, "tail_accuracy_128": 0.5, "tail_accuracy_deep_64": 0,
         }  # fmt: skip
         return {"seeds": [seed], "metrics": metrics}
 
-    rows = [row(0, 0.1, 0.9, 0.1), row(0, 0.2, 0.1, 0.9), row(1, 0.2, 3.0, 0.7), row(0, 0.2, 0.5, 0.0, "short")]
+    rows = [
+        row(0, 0.1, 0.9, 0.1),
+        row(0, 0.2, 0.1, 0.9),
+        row(1, 0.2, 3.0, 0.7),
+        row(0, 0.2, 0.5, 0.0, "short"),
+        row(0, 0.2, 0.5, 0.25, task="other"),
+    ]
     assert suite_table(rows).splitlines() == [
-        "| task | model | rate | seeds | state bytes | 64 | 128 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| parity | a | 0.2 | 2 | 1,234 | 0.800 (0.700-0.900) | 0.500 (0.500-0.500) |",
+        "| parity | rate | seeds | state bytes | 64 | 128 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 0.2 | 2 | 1,234 | 0.800 (0.700-0.900) | 0.500 (0.500-0.500) |",
+        "",
+        "| other | rate | seeds | state bytes | 64 | 128 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 0.2 | 1 | 1,234 | 0.250 | 0.500 |",
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -177,7 +179,20 @@ def _pool(parallel: int) -> Any:
     # A forked process cannot use a GPU that its parent has touched.
     threads = max(1, torch.get_num_threads() // parallel)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(parallel, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    arguments = threads, os.getpid()
+    return ProcessPoolExecutor(parallel, mp_context=context, initializer=_start_worker, initargs=arguments)
+
+
+def _start_worker(threads: int, parent: int) -> None:
+    """Share the cores, and end with the process that started this one, even if that was killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int, every: float = 1.0) -> None:
+    while os.getppid() == parent:
+        time.sleep(every)
+    os._exit(1)
 
 
 def _outcomes(
@@ -240,20 +255,25 @@ def _description(run: _Run, parallel: int) -> Row:
 
 
 def suite_table(rows: Sequence[Row]) -> str:
-    """Markdown table of the tail accuracy by length, one line a task and model at the best rate of its sweep.
+    """Markdown tables of the tail accuracy by length, one a task, one line a model at the best rate of its sweep.
 
     Cells are the mean over seeds, and in brackets the least and the largest of several; the tail is the last quarter
     of each row's labels. Rows of other recipes than the best one's are left out.
     """
+    tasks = dict.fromkeys(row["metrics"]["task"] for row in rows)
+    return "\n\n".join(_task_table(task, [row for row in rows if row["metrics"]["task"] == task]) for task in tasks)
+
+
+def _task_table(task: str, rows: Sequence[Row]) -> str:
     lengths = sorted({length for row in rows for length in _tail(row)})
-    header = ["task", "model", "rate", "seeds", "state bytes", *(f"{length:,}" for length in lengths)]
-    lines = [header, ["---"] * len(header)]
-    groups: dict[tuple[str, ...], dict[tuple[Any, ...], list[Row]]] = {}
+    header = [task, "rate", "seeds", "state bytes", *(f"{length:,}" for length in lengths)]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
         metrics = row["metrics"]
-        by_rate = groups.setdefault((metrics["task"], metrics["arm"], metrics["model"]), {})
+        by_rate = groups.setdefault((metrics["arm"], metrics["model"]), {})
         by_rate.setdefault((metrics["recipe"], metrics["learning_rate"]), []).append(row)
-    for (task, arm, _), by_rate in groups.items():
+    for (arm, _), by_rate in groups.items():
         # The rate that the other seeds were run at was chosen by the first.
         chosen = min(by_rate.values(), key=lambda runs: runs[0]["metrics"].get("training_loss_nats", math.inf))
         cells = []
@@ -263,7 +283,7 @@ def suite_table(rows: Sequence[Row]) -> str:
             cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "")
         metrics = chosen[0]["metrics"]
         state = f"{metrics['state_bytes']:,}" if "state_bytes" in metrics else ""
-        lines.append([task, arm, f"{metrics['learning_rate']:g}", str(len(chosen)), state, *cells])
+        lines.append([arm, f"{metrics['learning_rate']:g}", str(len(chosen)), state, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
