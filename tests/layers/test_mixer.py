@@ -26,6 +26,11 @@ COMBINATIONS = [
     # Only the exact scan has a boundary, and without a potential nothing scatters.
     if (dynamics == "exact" or boundary == "lead") and not (dynamics == "decay_only" and coupling)
 ]
+COMBINATIONS += [
+    dict(sites_per_token=sites, green_readout=readout, source=source, boundary=boundary)
+    for sites, readout, source, boundary in product((1, 3), (False, True), ("gated", "free"), ("lead", "wall"))
+    if sites > 1 or readout
+]
 every_combination = pytest.mark.parametrize(
     "options", COMBINATIONS, ids=lambda options: "-".join(map(str, options.values()))
 )
@@ -86,8 +91,9 @@ def written_out(mixer, u):
     if c.dynamics == "decay_only":
         modulus = torch.exp(-torch.asinh(eta / 2))
     else:
-        alpha = torch.complex(mixer.potential_scale * a - mixer.energy, -eta)
-        free = torch.complex((-mixer.energy).expand_as(eta), -eta)
+        a = a.unflatten(-1, (c.sites_per_token, -1))
+        alpha = torch.complex(mixer.potential_scale * a - mixer.energy, -eta[:, :, None].expand_as(a)).flatten(1, 2)
+        free = torch.complex(-mixer.energy + torch.zeros_like(alpha.real), alpha.imag)
         at_rest = torch.complex(-mixer.energy, -F.softplus(mixer.absorption_bias) - c.absorption_floor)
         first = decaying(at_rest).expand(u.shape[0], -1) * (c.boundary == "lead")
         m, m0 = (sweep(x, first) if c.dynamics == "exact" else decaying(x) for x in (alpha, free))
@@ -96,9 +102,13 @@ def written_out(mixer, u):
     if c.dynamics == "exact":
         before = torch.cat((first[:, None], m[:, :-1]), 1).imag
         # Behind a wall nothing decays; one instead of zero keeps the square root's slope finite.
-        flux = torch.sqrt(torch.where(before > 0, before, 1) / (before + eta))
+        flux = torch.where(before > 0, torch.sqrt(torch.where(before > 0, before, 1) / (before - alpha.imag)), 1)
+        flux = flux.unflatten(1, (-1, c.sites_per_token)).prod(2)
         gate = flux if c.kernel == "flux" else modulus
-        weight = torch.sqrt(eta / (before + eta))
+        if c.sites_per_token == 1:
+            weight = torch.sqrt(eta / (before + eta))
+        else:
+            weight = torch.sqrt(1 - flux.square())
     else:
         weight = torch.sqrt(1 - modulus.square())
     readout = torch.ones_like(eta)
@@ -125,7 +135,13 @@ def written_out(mixer, u):
     mixed = torch.einsum("bhij,bjhv->bihv", kernel * scores, weight[..., None] * x)
     y = readout[..., None] * mixed + mixer.skip[:, None] * x
     y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.norm_epsilon)
-    return mixer.out_proj(y.flatten(2) * mixer.norm_weight * F.silu(z))
+    out = y.flatten(2) * mixer.norm_weight * F.silu(z)
+    if c.green_readout:
+        w = (m[:, c.sites_per_token - 1 :: c.sites_per_token] - 1j) / (
+            m[:, c.sites_per_token - 1 :: c.sites_per_token] + 1j
+        )
+        out = torch.cat((out, w.real, w.imag), -1)
+    return mixer.out_proj(out)
 
 
 @every_combination

@@ -212,15 +212,15 @@ class _Shape:
 def _resolvent(shape: _Shape) -> list[FlopRow]:
     config, heads, inner = shape.config, shape.config.num_heads, shape.config.inner_dim
     has_potential, has_source = config.dynamics != "decay_only", config.source != "unit"
-    width = 2 * inner + 2 * config.state_size + heads * (1 + has_potential + has_source)
+    width = 2 * inner + 2 * config.state_size + heads * (1 + config.sites_per_token * has_potential + has_source)
     # Softplus, detuning, one Moebius step (complex quotient), flux, its logarithm, source gate.
-    gates = shape.tokens * heads * (30 if has_potential else 14)
+    gates = shape.tokens * heads * (14 + 16 * config.sites_per_token * has_potential + 10 * config.green_readout)
     return [
         shape.linear("in_proj", config.d_model, width),
         FlopRow(None, "gates", 0, 0, gates),
         shape.recurrence(turned=True),
         FlopRow(None, "gated_norm", 0, 0, 8 * shape.tokens * inner),
-        shape.linear("out_proj", inner, config.d_model),
+        shape.linear("out_proj", inner + 2 * heads * config.green_readout, config.d_model),
     ]
 
 

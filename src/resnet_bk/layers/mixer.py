@@ -61,10 +61,12 @@ class Gates(NamedTuple):
 
     log_decay: Tensor
     source: Tensor
-    readout: Tensor | None
+    readout: Tensor | None = None
     """Weight of the mixed output (green kernel only)."""
-    angle: Tensor | None
+    angle: Tensor | None = None
     """Extra rotation of queries and keys in radians (phase coupling only)."""
+    green: Tensor | None = None
+    """Green function after each token as channels of the output [batch, time, 2 heads] (green readout only)."""
 
 
 class Mixer(nn.Module):
@@ -81,9 +83,10 @@ class Mixer(nn.Module):
         self.config = config
         heads, inner, state = config.num_heads, config.inner_dim, config.state_size
         has_potential, has_source = config.dynamics != "decay_only", config.source != "unit"
-        self.sizes = [inner, inner, state, state, heads * has_potential, heads, heads * has_source]
+        potentials = heads * config.sites_per_token * has_potential
+        self.sizes = [inner, inner, state, state, potentials, heads, heads * has_source]
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
-        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.out_proj = nn.Linear(inner + 2 * heads * config.green_readout, config.d_model, bias=False)
         self.query_bias = nn.Parameter(torch.empty(heads, state))
         self.key_bias = nn.Parameter(torch.empty(heads, state))
         self.absorption_bias = nn.Parameter(torch.empty(heads))
@@ -102,24 +105,30 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """Set the per-head parameters to their start; matrices are set by the model.
 
-        The absorptions start log-uniform in [1e-3, 1e-1] above the floor, in an order unrelated to that of the
-        energies; the potential starts switched off, so that training starts from a quiet medium.
+        The absorptions start log-uniform in [`absorption_start`, 0.1] above the floor, in an order unrelated to that
+        of the energies; the potential starts switched off unless `potential_start` says otherwise, so that training
+        starts from a quiet medium.
         """
+        config = self.config
         heads = self.skip.numel()
         place = torch.arange(heads, dtype=torch.float64)
         golden = (0.5 + place * (math.sqrt(5) - 1) / 2) % 1
-        absorption = 10 ** (-3 + 2 * golden)
+        low = math.log10(config.absorption_start)
+        absorption = 10 ** (low - (low + 1) * golden)
         inverse_softplus = absorption + torch.log(-torch.expm1(-absorption))
         self.absorption_bias.copy_(inverse_softplus)
-        if self.config.source != "unit":
-            self.source_bias.copy_(inverse_softplus if self.config.source == "free" else torch.zeros(heads))
+        if config.source != "unit":
+            self.source_bias.copy_(inverse_softplus if config.source == "free" else torch.zeros(heads))
         for ones in (self.query_bias, self.key_bias, self.skip, self.norm_weight):
             ones.fill_(1.0)
-        if self.config.dynamics != "decay_only":
-            self.potential_scale.zero_()
-            reach = self.config.energy_range
-            self.energy.copy_(torch.linspace(-reach, reach, heads) if heads > 1 else torch.zeros(1))
-        if self.config.phase_coupling:
+        if config.dynamics != "decay_only":
+            self.potential_scale.fill_(config.potential_start)
+            reach = config.energy_range
+            if config.sites_per_token == 3:
+                self.energy.copy_(1 - 2 * (place % 2))
+            else:
+                self.energy.copy_(torch.linspace(-reach, reach, heads) if heads > 1 else torch.zeros(1))
+        if config.phase_coupling:
             self.phase_scale.zero_()
 
     def forward(
@@ -141,9 +150,10 @@ class Mixer(nn.Module):
 
     @property
     def fused_step(self) -> bool:
-        """Whether `step` knows this mixer's options: exact dynamics, flux kernel, no phase coupling."""
+        """Whether `step` knows this mixer's options: exact dynamics, flux kernel, one site a token, nothing besides."""
         config = self.config
-        return config.dynamics == "exact" and config.kernel == "flux" and not config.phase_coupling
+        plain = config.sites_per_token == 1 and not config.phase_coupling and not config.green_readout
+        return config.dynamics == "exact" and config.kernel == "flux" and plain
 
     @property
     def step_parameters(self) -> StepParameters:
@@ -190,9 +200,13 @@ class Mixer(nn.Module):
                 projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
             )
             return out, MixerState(mix, green)
-        gate, *operands = projection.split(self.sizes, dim=-1)
-        y, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens)
-        return gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon), after
+        gate, x, key, query, *medium = projection.split(self.sizes, dim=-1)
+        gates, *scans = self.gates(*medium, state, cu_seqlens)
+        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
+        out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
+        if gates.green is not None:
+            out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
+        return out, MixerState(mix, *scans)
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -223,7 +237,7 @@ class Mixer(nn.Module):
         x: Float[Tensor, "batch time inner"],
         key: Float[Tensor, "batch time state"],
         query: Float[Tensor, "batch time state"],
-        potential: Float[Tensor, "batch time heads"],
+        potential: Float[Tensor, "batch time sites*heads"],
         absorption: Float[Tensor, "batch time heads"],
         source: Float[Tensor, "batch time heads"],
         *,
@@ -231,10 +245,17 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
         """What happens between the two projections but for norm and gate; arguments are raw projections."""
+        gates, *scans = self.gates(potential, absorption, source, state, cu_seqlens)
+        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
+        return y, MixerState(mix, *scans)
+
+    def _mixed(
+        self, x: Tensor, key: Tensor, query: Tensor, gates: Gates, state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Float[Tensor, "batch time heads value"], MixState]:
+        """Values mixed under these gates, and the memory after the last token."""
         config = self.config
         single = x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
         x = x.unflatten(-1, (config.num_heads, config.head_dim))
-        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
         biases = {"query_bias": self.query_bias, "key_bias": self.key_bias}
         norm: dict[str, float | None] = {"norm_epsilon": config.norm_epsilon}
         if single or gates.angle is not None:
@@ -269,11 +290,11 @@ class Mixer(nn.Module):
             )
         if gates.readout is not None:
             y = (gates.readout[..., None] * y + self.skip[:, None] * x).to(x.dtype)
-        return y, MixerState(mix, green, free, phase)
+        return y, mix
 
     def gates(
         self,
-        potential: Float[Tensor, "batch time heads"],
+        potential: Float[Tensor, "batch time sites*heads"],
         absorption: Float[Tensor, "batch time heads"],
         source: Float[Tensor, "batch time heads"],
         state: MixerState | None,
@@ -302,27 +323,38 @@ class Mixer(nn.Module):
                 initial=initial,
                 cu_seqlens=cu_seqlens,
             )
-            return Gates(log_decay, unit, None, None), green, None, None
+            return Gates(log_decay, unit), green, None, None
         wide = torch.float64 if potential.dtype == torch.float64 else torch.float32
         bias, floor = self.absorption_bias.to(wide), config.absorption_floor
         eta = F.softplus(absorption.to(wide) + bias) + floor
-        green = free = phase = angle = None
+        green = free = phase = angle = features = None
         if config.dynamics == "decay_only":
             log_modulus = -torch.asinh(eta / 2)
             unit = torch.sqrt(-torch.expm1(2 * log_modulus))
             log_decay = log_modulus
         else:
             energy = self.energy.to(wide)
+            # Sites of one token lie side by side in the projection and one after the other in the lattice.
+            sites = config.sites_per_token
+            potential = potential.unflatten(-1, (sites, -1)).flatten(1, 2)
+            per_site = eta if sites == 1 else eta.repeat_interleave(sites, dim=1)
+            bounds = None if cu_seqlens is None else cu_seqlens * sites
             delta = self.potential_scale.to(wide) * potential.to(wide) - energy
             lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
             if config.boundary == "wall":
                 lead = GreenState(*(torch.zeros_like(part) for part in lead))
             if config.dynamics == "exact":
                 before = lead if state is None or state.green is None else state.green
-                m, green = causal_resolvent(delta, eta, initial=before, cu_seqlens=cu_seqlens)
-                log_flux, unit = flux_gate(previous_imag(m[1], before.imag, cu_seqlens), eta)
+                m, green = causal_resolvent(delta, per_site, initial=before, cu_seqlens=bounds)
+                log_flux, unit = flux_gate(previous_imag(m[1], before.imag, bounds), per_site)
+                if sites > 1:
+                    m = (m[0][:, sites - 1 :: sites], m[1][:, sites - 1 :: sites])
+                    log_flux = log_flux.unflatten(1, (-1, sites)).sum(2)
+                    unit = torch.sqrt(-torch.expm1(2 * log_flux))
                 log_modulus = 0.5 * torch.log(m[0].square() + m[1].square())
                 log_decay = log_flux if config.kernel == "flux" else log_modulus
+                if config.green_readout:
+                    features = self._cayley(*m)
             else:
                 log_modulus, argument = semiclassical_root(delta, eta)
                 unit = torch.sqrt(-torch.expm1(2 * log_modulus))
@@ -346,7 +378,13 @@ class Mixer(nn.Module):
                 unit = unit * gate.sigmoid()
             else:  # the Green kernel keeps the weights that theorem 2 bounds it with
                 unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
-        return Gates(log_decay, unit, readout, angle), green, free, phase
+        return Gates(log_decay, unit, readout, angle, features), green, free, phase
+
+    @staticmethod
+    def _cayley(real: Tensor, imag: Tensor) -> Tensor:
+        """(m - i) / (m + i) of every head, inside the unit disc: real parts, then imaginary parts."""
+        square = real.square() + (imag + 1).square()
+        return torch.cat((1 - 2 * (imag + 1) / square, -2 * real / square), dim=-1)
 
 
 def _accumulate(turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,10 +55,19 @@ class ModelConfig:
     """What lies left of the first token: a matched lead (no reflection) or a hard wall (m_0 = 0)."""
     phase_coupling: bool = False
     """Add a learned multiple of the accumulated scattering phase to the rotary angle (starts at zero)."""
+    sites_per_token: int = 1
+    """Lattice sites a token adds, each with a detuning of its own; three make any element of SL(2, R) of its step."""
+    green_readout: bool = False
+    """Feed the Green function itself, (m - i) / (m + i) of every head, to the output beside the mixed values."""
     absorption_floor: float = 1e-3
     """Smallest absorption eta, in units of the hopping; > 0."""
+    absorption_start: float = 1e-3
+    """Absorptions start log-uniform between this and 0.1, above the floor."""
+    potential_start: float = 0.0
+    """Start of the factor of every head's potential; 0 is a quiet medium."""
     energy_range: float = 1.5
-    """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping."""
+    """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping; with three sites a
+    token at 1 and -1 in turn, where three quiet sites are the identity."""
     rotary_base: float = 10000.0
     """Ratio of the largest to the smallest rotary wavelength."""
     tie_embeddings: bool = True
@@ -79,6 +89,10 @@ class ModelConfig:
         for name in ("absorption_floor", "rotary_base", "norm_epsilon"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a number > 0.")
+        if not 0 < self.absorption_start <= 0.1:
+            raise ConfigError(f"model.absorption_start is {self.absorption_start!r}; expected a number in (0, 0.1].")
+        if not math.isfinite(self.potential_start):
+            raise ConfigError(f"model.potential_start is {self.potential_start!r}; expected a finite number.")
         if not self.energy_range >= 0:
             raise ConfigError(f"model.energy_range is {self.energy_range!r}; expected a number >= 0.")
         if not 0 <= self.dropout < 1:
@@ -101,6 +115,17 @@ class ModelConfig:
             raise ConfigError(
                 f"model.attention_head_dim is {self.attention_head_dim}; it must be even and divide d_model = "
                 f"{self.d_model}."
+            )
+        for name, changed in (("sites_per_token", self.sites_per_token > 1), ("green_readout", self.green_readout)):
+            if changed and self.dynamics != "exact":
+                raise ConfigError(
+                    f"model.{name} is {getattr(self, name)!r}, which needs the Green function of every site; dynamics "
+                    f"{self.dynamics!r} has none. Set dynamics 'exact'."
+                )
+        if self.sites_per_token > 1 and (self.kernel != "flux" or self.phase_coupling):
+            raise ConfigError(
+                f"model.sites_per_token is {self.sites_per_token}; several sites are there for kernel 'flux' without "
+                "phase_coupling only."
             )
         if self.phase_coupling and self.dynamics == "decay_only":
             raise ConfigError(
@@ -170,6 +195,7 @@ def unknown_key_message(key: str, known: list[str], *, what: str = "configuratio
 _LEAST = {
     **dict.fromkeys(("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"), 1),
     "attention_head_dim": 1,
+    "sites_per_token": 1,
     "attention_every": 0,
     "attention_window": 0,
 }
