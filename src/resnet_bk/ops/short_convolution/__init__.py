@@ -7,10 +7,10 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_bk.errors import ShapeError
-from resnet_bk.ops.dispatch import compute_dtype, document_boundaries
+from resnet_bk.ops.dispatch import Backend, choose_backend, document_boundaries
+from resnet_bk.ops.short_convolution.reference import convolve
 
 __all__ = ["short_convolution"]
 
@@ -22,6 +22,7 @@ def short_convolution(
     *,
     history: Float[Tensor, "rows before channels"] | None = None,
     cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "rows before channels"]]:
     r"""Silu of a causal convolution channel by channel, and the tokens that later ones still need.
 
@@ -33,15 +34,18 @@ def short_convolution(
         bias: one a channel.
         history: the width - 1 tokens before the first of every row (document with `cu_seqlens`); None is zeros.
         cu_seqlens: boundaries of documents packed along time (batch 1); no document sees another.
+        backend: "triton" is one kernel a direction; "reference" and "chunked" are both plain PyTorch.
 
     Returns:
         y in the dtype of `x`, computed in float32 or wider, and the last width - 1 tokens of every row.
 
     Raises:
-        ShapeError: shapes that do not fit; the message names the tensor.
+        ShapeError: shapes that do not fit; the message names the tensor. BackendError: an unknown backend, or one
+            that cannot run here.
 
     Cost: width multiplications a token and channel.
     """
+    chosen = choose_backend(backend, x)
     batch, time, channels = x.shape
     before = taps.shape[-1] - 1
     if tuple(taps.shape) != (channels, before + 1) or tuple(bias.shape) != (channels,):
@@ -58,23 +62,19 @@ def short_convolution(
     history = history.to(x.dtype)
     if bounds is None:
         extended = torch.cat((history, x), dim=1)
-        return _convolve(extended, taps, bias), extended[:, time:].clone()  # a view would keep all tokens alive
+        return _convolve(extended, taps, bias, chosen), extended[:, time:].clone()  # a view would keep all tokens alive
     # Every document behind its own history; what stands across two of them is not looked at.
-    pieces = [
-        torch.cat((history[row], x[0, start:end])) for row, (start, end) in enumerate(pairwise(bounds))
-    ]  # fmt: skip
+    pieces = [torch.cat((history[row], x[0, start:end])) for row, (start, end) in enumerate(pairwise(bounds))]
     edges = torch.tensor(bounds, device=x.device)
     document = torch.repeat_interleave(torch.arange(rows, device=x.device), edges.diff(), output_size=time)
-    y = _convolve(torch.cat(pieces)[None], taps, bias)
+    y = _convolve(torch.cat(pieces)[None], taps, bias, chosen)
     after = torch.stack([piece[len(piece) - before :] for piece in pieces])
     return y[:, torch.arange(time, device=x.device) + before * document], after
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """Output for all tokens of x [batch, time, channels] but the first width - 1."""
-    width = taps.shape[1]
-    time = x.shape[1] - width + 1
-    total = bias.to(compute_dtype(x))
-    for place in range(width):
-        total = total + taps[:, place].to(total.dtype) * x[:, place : place + time]
-    return F.silu(total).to(x.dtype)
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        from resnet_bk.ops.short_convolution.triton import short_convolution_triton
+
+        return short_convolution_triton(x, taps, bias)
+    return convolve(x, taps, bias)
