@@ -200,13 +200,13 @@ class Mixer(nn.Module):
                 projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
             )
             return out, MixerState(mix, green)
-        gate, x, key, query, *medium = projection.split(self.sizes, dim=-1)
-        gates, *scans = self.gates(*medium, state, cu_seqlens)
+        gate, x, key, query, potential, absorption, source = projection.split(self.sizes, dim=-1)
+        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
         out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
-        return out, MixerState(mix, *scans)
+        return out, MixerState(mix, green, free, phase)
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -245,9 +245,9 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
         """What happens between the two projections but for norm and gate; arguments are raw projections."""
-        gates, *scans = self.gates(potential, absorption, source, state, cu_seqlens)
+        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
-        return y, MixerState(mix, *scans)
+        return y, MixerState(mix, green, free, phase)
 
     def _mixed(
         self, x: Tensor, key: Tensor, query: Tensor, gates: Gates, state: MixerState | None, cu_seqlens: Tensor | None
