@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure a trained model on a corpus",
     "benchmark": "compare models under equal conditions",
+    "theory": "draw figures of the theory",
     "info": "show versions, devices and presets, or what a checkpoint holds",
     "demo": "train, compare with baselines, plot and write a sample",
 }

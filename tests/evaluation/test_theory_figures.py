@@ -1,0 +1,63 @@
+"""Figures of the theory: every one is drawn, is the same again, and shows what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resnet_bk.cli import main
+from resnet_bk.evaluation import theory_figures
+from resnet_bk.evaluation.theory_figures import FIGURES, decay_figure, draw_theory_figures, spectral_shift_figure
+from resnet_bk.evaluation.token_medium import medium_of_words
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_written_and_repeats(name: str, tmp_path) -> None:
+    png, svg = draw_theory_figures(tmp_path / "one", only=name)
+    assert png.name == f"{name}.png" and svg.name == f"{name}.svg"
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
+    assert "<svg" in svg.read_text()[:600]
+    if name == "spectral-shift":
+        again = draw_theory_figures(tmp_path / "two", only=name)
+        assert [path.read_bytes() for path in again] == [png.read_bytes(), svg.read_bytes()]
+
+
+def test_no_measured_decay_crosses_its_bound() -> None:
+    lines = decay_figure().axes[0].get_lines()
+    bounds = [line for line in lines if line.get_linestyle() == "--" and torch.as_tensor(line.get_xdata()).numel() > 1]
+    values = [line for line in lines if line.get_linestyle() == "-"]
+    assert len(bounds) == len(values) == 3
+    for bound, value in zip(bounds, values, strict=True):
+        assert bool((torch.as_tensor(value.get_ydata()) <= torch.as_tensor(bound.get_ydata())).all())
+
+
+def test_the_shift_drawn_is_that_of_the_text() -> None:
+    medium = medium_of_words("When a generator function is called it returns an iterator")
+    above, below = spectral_shift_figure(medium).axes
+    drawn = torch.as_tensor(above.get_lines()[0].get_ydata())
+    torch.testing.assert_close(drawn, medium.spectral_shift()[:, 0])
+    assert [label.get_text() for label in below.get_xticklabels()] == medium.tokens
+
+
+def test_the_command_draws_them(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(theory_figures, "FIGURES", {"spectral-shift": spectral_shift_figure})
+    assert main(["theory", "figures", "--out", str(tmp_path), "--text", "one word after the other"]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"spectral-shift.{kind}") for kind in ("png", "svg")]
+    assert "other" in (tmp_path / "spectral-shift.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["theory", "figures"], "out"),
+        (["theory", "tables", "--out", "x"], "action"),
+        (["theory", "figures", "--out", "x", "--layer", "1"], "--layer"),
+        (["theory", "figures", "--out", "x", "--model", "nowhere"], "nowhere"),
+        (["theory", "figures", "--out", "x", "--txt", "a"], "'text'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], name: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert name in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
