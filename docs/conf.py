@@ -23,10 +23,12 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# Fields of a tuple are members already; an attribute directive would describe them twice.
+napoleon_use_ivar = True
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Cost|Source|Theorem|Not claimed)\b.*:$")
 
-_LABEL = re.compile(r"^(Theorem|Measured|Heuristic|Not claimed|Cost|Source): ")
+_LABEL = re.compile(r"^(Theorem|Measured|Checked numerically|Heuristic|Not claimed|Cost|Source)\b[^:]*: ")
 
 
 def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "theory").glob("*.md")])
 
 
 def test_generated_tables_are_up_to_date():
@@ -18,7 +18,7 @@ def test_generated_tables_are_up_to_date():
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "info"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "theory", "info"])
 def test_every_option_is_documented(command, capsys):
     from resnet_bk.cli import main
 

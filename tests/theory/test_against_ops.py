@@ -25,6 +25,7 @@ from resnet_bk.ops.resolvent import (
     scattering_phase,
     semiclassical_root,
 )
+from resnet_bk.ops.resolvent.chunked import _carry
 from resnet_bk.ops.semiseparable import semiseparable_mix
 from resnet_bk.theory import bounds, bounds_flux, scattering
 from resnet_bk.theory.jacobi import absorbing_jacobi, free_root, full_green_diagonal, green_kernel, half_line_green
@@ -206,3 +207,27 @@ def test_the_operators_gradient_is_that_of_theorem_7(backend: Backend, seed: int
             torch.testing.assert_close(absorption.grad[row, :, head], exact.imag, rtol=1e-9, atol=1e-11 * scale)
             bound = bounds_flux.gradient_bound(*line)
             torch.testing.assert_close(bound.value, imag.detach()[row, :, head], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("eta", "error"), [(1e-3, 2e-3), (1e-4, 0.1)])
+def test_composing_and_carrying_in_single_precision_fails_at_resonances(eta: float, error: float) -> None:
+    # In every chunk a barrier of 1 and behind it a denominator without real part, for 192 lines at once.
+    length, chunks, lines = 16, 32, 192
+    generator = torch.Generator().manual_seed(0)
+    detuning = torch.randn(length * chunks, lines, generator=generator)
+    m = torch.zeros(lines, dtype=torch.complex128)
+    for t in range(length * chunks):
+        if t >= length and t % length == 0:
+            detuning[t] = 1.0
+        if t >= length and t % length == 1:
+            detuning[t] = m.real.float()
+        m = 1 / (detuning[t].double() - 1j * eta - m)
+    alpha = (detuning.double() - 1j * eta).unflatten(0, (chunks, length)).transpose(0, 1)
+    lead = torch.zeros(1, lines, dtype=torch.complex128)
+    exact = _carry(alpha, lead, 1, {})
+    single = _carry(alpha.to(torch.complex64), lead.to(torch.complex64), 1, {}).to(torch.complex128)
+    worst = 0.0
+    for site in alpha:  # applied in double precision, so that the carry alone errs
+        exact, single = 1 / (site - exact), 1 / (site - single)
+        worst = max(worst, float(((single - exact) / exact).abs().max()))
+    assert worst > error

@@ -83,8 +83,9 @@ def summed_norms(sites: int, epsilon: float) -> SummedNorms:
     Raises:
         DomainError: too few sites, or an exponent that is negative or not finite.
 
-    Theorem: as n grows the first tends to `-zeta'/zeta(1/2 + eps)` for eps > 1/2 and grows like `n^{1/2 - eps} / (1/2 -
-        eps)` below; the second has a limit for every eps > 0 and grows like `log(n)^2 / 2` at eps = 0.
+    Theorem: as n grows the first tends to `-zeta'/zeta(1/2 + eps)` for eps > 1/2 and grows like
+        `n^{1/2 - eps} / (1/2 - eps)` below; the second has a limit for every eps > 0 and grows like `log(n)^2 / 2` at
+        eps = 0.
     Cost: O(sites log log sites).
     Source: the prime number theorem by summation by parts.
     """
