@@ -2,8 +2,8 @@ r"""Hierarchical semiseparable matrices: nested low-rank bases over a binary tre
 
     A_p = [[A_1, U_1 B_12 V_2^H], [U_2 B_21 V_1^H, A_2]],      U_p = [U_1 R_1; U_2 R_2],   V_p = [V_1 W_1; V_2 W_2]
 
-at every inner node p with children 1 and 2; leaves hold dense blocks. Every level is one batch, and the last leaf is
-padded with uncoupled sites. All in complex128; results are differentiable in every tensor.
+at every inner node p with children 1 and 2; leaves hold dense blocks. Every level is one batch, and the last
+leaves are padded with uncoupled sites. All in complex128; results are differentiable in every tensor.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Hierarchical:
             raise ShapeError(f"left: found {list(self.left.shape)}, expected [leaves, size, rank]; stack the leaves")
         leaves, size, rank = self.left.shape
         levels = max(leaves, 1).bit_length() - 1
-        if leaves != 1 << levels or not (leaves - 1) * size < self.sites <= leaves * size:
+        if leaves != 1 << levels or not 0 < self.sites <= leaves * size:
             raise ShapeError(
-                f"sites = {self.sites}: {leaves} leaves of {size} sites; expected a power of two, none of them empty"
+                f"sites = {self.sites}: {leaves} leaves of {size} sites; expected a power of two that holds the sites"
             )
         _expect("blocks", self.blocks, torch.complex128, (leaves, size, size))
         _expect("left", self.left, torch.complex128, (leaves, size, rank))

@@ -49,11 +49,7 @@ def factorise_hierarchical(
         if value < 1:
             raise DomainError(f"{name} = {value}: expected >= 1; leave it out for the default")
     levels = max(0, (-(-sites // leaf_size) - 1).bit_length())
-    levels = min(levels, sites.bit_length() - 1)
     leaves, size = 1 << levels, -(-sites // (1 << levels))
-    while (leaves - 1) * size >= sites:  # so few sites a leaf that the last one would be empty
-        leaves, levels = leaves // 2, levels - 1
-        size = -(-sites // leaves)
     rank = min(rank, size)
     padded = F.pad(whole, (0, leaves * size - sites, 0, leaves * size - sites))
     blocks = _diagonal_blocks(padded, leaves).clone()
