@@ -258,3 +258,16 @@ class TestBadInput:
     def test_a_state_of_another_kind_of_model(self, options):
         with pytest.raises(ShapeError, match=r"layer \d is a \w+State; expected MixerState"):
             build()(draw(2, 4), state=build(**options)(draw(2, 4)).state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attention", "window", "mamba2", "mamba3"])
+def test_compiles_as_one_graph_with_gradients(kind):
+    model, ids = build(torch.float32, **KINDS[kind] | dict(num_layers=1)).train(), draw(2, 100)
+    parameters = list(model.parameters())
+    expected = model(ids, return_logits=True).logits
+    compiled = torch.compile(model, fullgraph=True)(ids, return_logits=True).logits
+    assert (compiled - expected).abs().max() / expected.abs().max() < 2e-5  # measured 1e-6
+    gradients = [torch.autograd.grad(logits.square().mean(), parameters) for logits in (expected, compiled)]
+    for one, two in zip(*gradients, strict=True):
+        assert (one - two).abs().max() / one.abs().max() < 1e-4  # measured 4e-6
