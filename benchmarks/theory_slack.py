@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.evaluation.ledger import BENCHMARKS, append_row
-from resnet_bk.theory import bounds, bounds_flux, bounds_schatten
+from resnet_bk.theory import bounds, bounds_decay, bounds_flux, bounds_schatten
 from resnet_bk.theory.bounds import Bound
 from resnet_bk.theory.jacobi import half_line_green
 from resnet_bk.theory.spacings import compare_spacings
@@ -75,6 +75,7 @@ CASES: dict[str, tuple[str, Callable[[Line], Bound]]] = {
     "absorbed row": ("2", with_lead(bounds.absorbed_row_bound)),
     "Hardy": ("2", with_lead(bounds.hardy_bound)),
     "Combes-Thomas": ("3", behind_a_wall(bounds.combes_thomas_bound)),
+    "decay envelope": ("3", behind_a_wall(bounds_decay.decay_bound)),
     "row sum": ("3", behind_a_wall(bounds.row_sum_bound)),
     "perturbation of the block": ("4", two_media(bounds.block_perturbation_bound)),
     "perturbation of causal rows": ("4", two_media(bounds.causal_perturbation_bound)),
@@ -100,10 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Slack of the theory's bounds.")
     parser.add_argument("--media", type=int, default=2000, help="random media a bound")
     parser.add_argument("--windows", type=int, default=40, help="windows of 512 sites a potential")
+    parser.add_argument("--only", choices=list(CASES), help="this bound and nothing else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=BENCHMARKS, help="folder that holds results/")
     arguments = parser.parse_args()
     for name, (theorem, case) in CASES.items():
+        if arguments.only not in (None, name):
+            continue
         start = time.perf_counter()
         ratio = ratios(case, arguments.media, arguments.seed)
         low, median, high = (float(ratio.kthvalue(max(1, round(q * len(ratio)))).values) for q in QUANTILES)
@@ -119,7 +123,7 @@ def main() -> None:
             "violations": int((ratio > 1 + 1e-12).sum()),
         }
         _append("theory-slack", metrics, arguments, time.perf_counter() - start)
-    for options in SPACINGS:
+    for options in SPACINGS if arguments.only is None else ():
         start = time.perf_counter()
         settings = {"sites": 512, "windows": arguments.windows, "epsilon": 0.1, "strength": 1.0}
         for kind, found in compare_spacings(**settings, **options, seed=arguments.seed).items():
@@ -136,10 +140,11 @@ def main() -> None:
 
 def _append(question: str, metrics: dict, arguments: argparse.Namespace, seconds: float) -> None:
     print(metrics, flush=True)
+    command = COMMAND if arguments.only is None else f"{COMMAND} --only '{arguments.only}'"
     config = {"media": arguments.media, "windows": arguments.windows, "seed": arguments.seed}
     append_row(
         question,
-        command=COMMAND,
+        command=command,
         config=config,
         seeds=[arguments.seed],
         metrics=metrics,

@@ -24,11 +24,15 @@ def test_every_figure_is_written_and_repeats(name: str, tmp_path) -> None:
 
 def test_no_measured_decay_crosses_its_bound() -> None:
     lines = decay_figure().axes[0].get_lines()
-    bounds = [line for line in lines if line.get_linestyle() == "--" and torch.as_tensor(line.get_xdata()).numel() > 1]
-    values = [line for line in lines if line.get_linestyle() == "-"]
-    assert len(bounds) == len(values) == 3
-    for bound, value in zip(bounds, values, strict=True):
-        assert bool((torch.as_tensor(value.get_ydata()) <= torch.as_tensor(bound.get_ydata())).all())
+    drawn = {
+        style: [torch.as_tensor(line.get_ydata()) for line in lines if line.get_linestyle() == style] for style in "-:"
+    }
+    drawn["--"] = [torch.as_tensor(line.get_ydata()) for line in lines if line.get_linestyle() == "--"]
+    for value, envelope, bound in zip(drawn["-"], drawn[":"], drawn["--"], strict=False):
+        assert value.numel() == envelope.numel() == bound.numel() == 160
+        assert bool((value <= envelope * (1 + 1e-12)).all())
+        assert bool((envelope <= bound * (1 + 1e-12)).all())
+    assert len(drawn["-"]) == 3
 
 
 def test_the_shift_drawn_is_that_of_the_text() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resnet_bk.evaluation.token_medium import SENTENCE, TokenMedium, medium_of_words
 from resnet_bk.theory.bounds import combes_thomas_bound
+from resnet_bk.theory.bounds_decay import decay_envelope
 from resnet_bk.theory.density import density_of_states
 from resnet_bk.theory.jacobi import free_root, half_line_green
 from resnet_bk.theory.limiting_absorption import absorption_curve
@@ -69,7 +70,10 @@ def phase_portrait_figure() -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.45, 1))
     sites, eta = 10, 0.15
     potential = 0.8 * _normal(7, sites)
-    real, imag = torch.linspace(-3.6, 3.6, 361).double(), torch.linspace(-0.9, 0.9, 181).double()
+    real, imag = (
+        torch.linspace(-3.6, 3.6, 361, dtype=torch.float64),
+        torch.linspace(-0.9, 0.9, 181, dtype=torch.float64),
+    )
     z = torch.complex(real[None, :].expand(181, -1), imag[:, None].expand(-1, 361))
     m = torch.zeros_like(z)
     for v in potential.tolist():
@@ -86,14 +90,18 @@ def phase_portrait_figure() -> Figure:
     left.set_title("Green function of 10 sites at complex energies:\ncolour is its argument, rings are factors of 2")
     left.set_xlabel("Re E (hopping)")
     left.set_ylabel("Im E (hopping)")
-    angle = torch.linspace(0, 2 * math.pi, 400).double()
+    angle = torch.linspace(0, 2 * math.pi, 400, dtype=torch.float64)
     right.plot(angle.cos(), angle.sin(), color="black", linewidth=0.8)
     labels = ("inside the band, detuning 0.7", "near the edge, detuning 1.95", "barrier, detuning 2.6")
     for detuning, colour, label in zip((0.7, 1.95, 2.6), COLOURS, labels, strict=False):
-        orbit = half_line_green(torch.full((120,), detuning).double(), torch.full((120,), 0.03).double())
+        orbit = half_line_green(
+            torch.full((120,), detuning, dtype=torch.float64), torch.full((120,), 0.03, dtype=torch.float64)
+        )
         disc = _disc(torch.cat([orbit.new_zeros(1), orbit]))
         right.plot(disc.real, disc.imag, ".", markersize=4, color=colour, label=label)
-        fixed = _disc(free_root(torch.tensor([detuning]).double(), torch.tensor([0.03]).double()))
+        fixed = _disc(
+            free_root(torch.tensor([detuning], dtype=torch.float64), torch.tensor([0.03], dtype=torch.float64))
+        )
         right.plot(fixed.real, fixed.imag, "*", color=colour, markersize=11, markeredgecolor="black")
     right.set_aspect("equal")
     right.axis("off")
@@ -106,12 +114,12 @@ def density_figure() -> Figure:
     """Density of states of the free line and of two disordered ones."""
     figure = _figure(7.5, 4.4)
     axes = figure.subplots()
-    energies, sites = torch.linspace(-5, 5, 401).double(), 400
-    band = torch.linspace(-1.985, 1.985, 400).double()
+    energies, sites = torch.linspace(-5, 5, 401, dtype=torch.float64), 400
+    band = torch.linspace(-1.985, 1.985, 400, dtype=torch.float64)
     axes.plot(band, 1 / (math.pi * (4 - band.square()).sqrt()), "--", color="black", linewidth=1, label="free, exact")
     for strength, colour in zip((0.0, 0.8, 2.0), COLOURS, strict=False):
         potential = strength * _normal(11, sites)
-        density = density_of_states(potential, energies, torch.full((sites,), 0.05).double())
+        density = density_of_states(potential, energies, torch.full((sites,), 0.05, dtype=torch.float64))
         label = "free" if strength == 0 else f"potential of standard deviation {strength:g}"
         axes.plot(energies, density, color=colour, linewidth=1.4, label=label)
     axes.set_xlabel("energy (hopping)")
@@ -128,21 +136,23 @@ def decay_figure() -> Figure:
     sites = 160
     distance = torch.arange(sites)
     for eta, colour in zip((0.03, 0.1, 0.3), COLOURS, strict=False):
-        absorption = torch.full((sites,), eta).double()
+        absorption = torch.full((sites,), eta, dtype=torch.float64)
         largest = torch.zeros(sites, dtype=torch.float64)
         for seed in range(20):
             found = combes_thomas_bound((seed % 4) * 0.15 * _normal(seed, sites), absorption)
             values = torch.stack([found.value.diagonal(-int(d)).max() for d in distance])
             largest = torch.maximum(largest, values)
-        line = combes_thomas_bound(torch.zeros(sites).double(), absorption).bound[:, 0]
+        line = combes_thomas_bound(torch.zeros(sites, dtype=torch.float64), absorption).bound[:, 0]
         axes.semilogy(distance, line, "--", color=colour, linewidth=1.3)
+        axes.semilogy(distance, decay_envelope(sites, eta), ":", color=colour, linewidth=1.3)
         axes.semilogy(distance, largest, color=colour, linewidth=1.4, label=f"absorption {eta:g}")
     axes.plot([], [], "--", color="grey", label="Combes-Thomas bound")
+    axes.plot([], [], ":", color="grey", label="best weight at each distance")
     axes.set_xlabel("distance i - j (sites)")
     axes.set_ylabel("|G(i, j)|")
     axes.set_ylim(1e-10, 2e2)
-    axes.set_title("decay of the causal kernel: largest entry of 20 media of 160 sites, and the bound for all media")
-    return _finished(figure, axes, columns=4)
+    axes.set_title("decay of the causal kernel: largest entry of 20 media of 160 sites, and bounds for all media")
+    return _finished(figure, axes, columns=3)
 
 
 def spectral_shift_figure(medium: TokenMedium) -> Figure:
@@ -180,7 +190,7 @@ def limiting_absorption_figure() -> Figure:
     """Weighted norms of the resolvent as the absorption vanishes: in the band, towards its edge, at a trapped level."""
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
-    absorptions = torch.logspace(0, -6, 25).double()
+    absorptions = torch.logspace(0, -6, 25, dtype=torch.float64)
     free = torch.zeros(101, dtype=torch.float64)
     well = free.clone()
     well[49] = well[51] = 10.0
@@ -202,7 +212,7 @@ def spacing_figure() -> Figure:
     """Histograms of the spacing ratio for the prime-bump potential and its controls, with the reference laws."""
     figure = _figure(10.0, 5.6)
     grid = figure.subplots(2, 2, sharex=True)
-    ratio = torch.linspace(0, 1, 200).double()
+    ratio = torch.linspace(0, 1, 200, dtype=torch.float64)
     poisson = 2 / (1 + ratio) ** 2
     unitary = 2 * 81 * math.sqrt(3) / (4 * math.pi) * (ratio + ratio**2) ** 2 / (1 + ratio + ratio**2) ** 4
     for axes, kind in zip(grid.flat, ("prime-bump", "shuffled", "random", "none"), strict=True):
