@@ -116,3 +116,13 @@ def test_long_context_reads_beyond_the_training_length(folder, capsys):
     assert "trained at 8; 1 concatenations of documents, 32 tokens each" in out and "16-31" in out
     assert len((folder / "b/results/long-context.jsonl").read_text().splitlines()) == 2
     assert main([*command, "--times", "0"]) == 2
+
+
+def test_scaling_puts_laws_through_a_grid(folder, capsys):
+    command = compare(folder, "--rates", "1e-3", "--sequence-length", "8", "--widths", "16,32", "--depths", "1,2")
+    command[1] = "scaling"
+    command += ["--tokens-per-parameter", "0.005"]
+    assert main(command) == 0
+    assert "bk   parameters  4     4 " in capsys.readouterr().out
+    assert main([*command, "--widths", "20"]) == 2
+    assert "head_dim" in capsys.readouterr().err

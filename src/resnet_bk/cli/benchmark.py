@@ -11,6 +11,7 @@ BENCHMARKS = {
     "compare": "train models of equal size on the same tokens and compare their perplexities",
     "synthetic": "train models of equal size on tasks that each ask for one ability",
     "long-context": "train on short sequences, read long texts, compare the loss by position",
+    "scaling": "compare over a grid of widths and depths, with power laws through the losses",
     "flops": "count the operations of models of equal size, by part",
     "speed": "time models of equal size, forward and backward",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resnet_bk.cli.benchmark_options import run_comparison, training_parser
+from resnet_bk.cli.benchmark_options import comparison_options, training_parser
 
 DESCRIPTION = (
     "Train models of equal size on the same batches, each with the same sweep of learning rates and the same seeds, "
@@ -15,8 +15,13 @@ DESCRIPTION = (
 
 def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk benchmark compare` with these arguments."""
-    from resnet_bk.experiments.compare import QUESTION
-
     parser, parsed_arguments = training_parser("compare", DESCRIPTION, arguments)
-    run_comparison("compare", parser, parser.parse(parsed_arguments), arguments, QUESTION)
+    options = parser.parse(parsed_arguments)
+
+    from resnet_bk.experiments.arms import make_arms
+    from resnet_bk.experiments.compare import QUESTION, Comparison, compare
+
+    given = comparison_options("compare", parser, options, arguments, QUESTION)
+    arms = make_arms(given.model, given.changes)
+    compare(Comparison(arms, given.training, **given.protocol), given.source, **given.running)
     return 0

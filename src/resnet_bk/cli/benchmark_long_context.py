@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resnet_bk.cli.benchmark_options import run_comparison, training_parser
+from resnet_bk.cli.benchmark_options import comparison_options, training_parser
 from resnet_bk.errors import ConfigError
 
 DESCRIPTION = (
@@ -23,16 +23,18 @@ def run(arguments: Sequence[str]) -> int:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; expected a whole number >= 1.")
 
+    from resnet_bk.experiments.arms import make_arms
+    from resnet_bk.experiments.compare import Comparison, compare
     from resnet_bk.experiments.long_context import QUESTION, position_curves, position_table
 
-    rows = run_comparison(
-        "long-context",
-        parser,
-        options,
-        arguments,
-        QUESTION,
-        text_length=lambda training: options.times * training.sequence_length,
+    given = comparison_options("long-context", parser, options, arguments, QUESTION)
+    comparison = Comparison(
+        make_arms(given.model, given.changes),
+        given.training,
+        **given.protocol,
+        text_length=options.times * given.training.sequence_length,
         texts=options.texts,
     )
+    rows = compare(comparison, given.source, **given.running)
     print(position_table(position_curves(rows)))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from resnet_bk.errors import ConfigError
 from resnet_bk.evaluation.ledger import BENCHMARKS
 from resnet_bk.experiments.arms import ARMS, Arm, make_arms, named_arms
 from resnet_bk.experiments.corpora import CorpusSource
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.training.config import TrainingConfig
 
 DEFAULT_PRESET = "tiny"
 
@@ -56,10 +59,26 @@ def training_parser(name: str, description: str, arguments: Sequence[str]) -> tu
     return parser, arguments
 
 
-def run_comparison(
-    name: str, parser: Parser, options: Any, arguments: Sequence[str], question: str, **changes: Any
-) -> list[dict[str, Any]]:
-    """The rows of the comparison that a `training_parser` parsed.
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What the options of a `training_parser` come to."""
+
+    changes: dict[str, dict[str, Any]]
+    """Arm -> fields that it changes."""
+    model: ModelConfig
+    """Of the corpus's vocabulary."""
+    training: TrainingConfig
+    source: CorpusSource
+    protocol: dict[str, Any]
+    """Further fields of `Comparison`."""
+    running: dict[str, Any]
+    """Keyword arguments of `compare` and `scale`."""
+
+
+def comparison_options(
+    name: str, parser: Parser, options: Any, arguments: Sequence[str], question: str
+) -> ComparisonOptions:
+    """The options that a `training_parser` parsed.
 
     Args:
         name: of the benchmark.
@@ -67,40 +86,39 @@ def run_comparison(
         options: what it parsed.
         arguments: what the user gave, for the ledger.
         question: ledger file unless `--question` names another.
-        **changes: further fields of `Comparison`; one that is a function is called with the training configuration.
     """
-    from resnet_bk.experiments.compare import Comparison, compare, default_rates, parse_numbers
+    from resnet_bk.experiments.compare import default_rates, parse_numbers
 
     config = run_config(parser, options)
     training = config.training
     if options.sequence_length is not None:
         training = dataclasses.replace(training, sequence_length=options.sequence_length)
-    source = CorpusSource(options.tokens, config.data, config.model.vocab_size)
-    corpus = source.open()
     rates = default_rates(training.learning_rate) if options.rates is None else parse_numbers(options.rates, "rates")
-    further: dict[str, Any] = {field: value(training) if callable(value) else value for field, value in changes.items()}
-    comparison = Comparison(
-        arms=arms_of(options, dataclasses.replace(config.model, vocab_size=corpus.vocab_size)),
+    seeds = parse_numbers(options.seeds, "seeds", int)
+    changes = _changes(options)
+    source = CorpusSource(options.tokens, config.data, config.model.vocab_size)
+    return ComparisonOptions(
+        changes=changes,
+        model=dataclasses.replace(config.model, vocab_size=source.open().vocab_size),
         training=training,
-        rates=rates,
-        seeds=parse_numbers(options.seeds, "seeds", int),
-        context=options.context,
-        window=options.window,
-        curve_points=options.curve_points,
-        label=options.label,
-        **further,
-    )
-    return compare(
-        comparison,
-        source,
-        corpus=corpus,
-        command=command_line(name, arguments),
-        question=options.question or question,
-        benchmarks=Path(options.benchmarks),
-        work_dir=Path(options.work),
-        budget=options.budget,
-        parallel=options.parallel,
-        commit=options.commit,
+        source=source,
+        protocol={
+            "rates": rates,
+            "seeds": seeds,
+            "context": options.context,
+            "window": options.window,
+            "curve_points": options.curve_points,
+            "label": options.label,
+        },
+        running={
+            "command": command_line(name, arguments),
+            "question": options.question or question,
+            "benchmarks": Path(options.benchmarks),
+            "work_dir": Path(options.work),
+            "budget": options.budget,
+            "parallel": options.parallel,
+            "commit": options.commit,
+        },
     )
 
 
@@ -129,12 +147,14 @@ def add_ledger_options(parser: Parser, *, label: bool = True) -> None:
     parser.add_argument("--budget", type=float, default=None, help="Seconds after which to stop; run again to go on.")
 
 
-def arms_of(options: Any, base: Any) -> tuple[Arm, ...]:
+def arms_of(options: Any, base: ModelConfig) -> tuple[Arm, ...]:
     """The arms that `--models` names and `--arms` describes, of the size of `base`; the file's come last."""
+    return make_arms(base, _changes(options))
+
+
+def _changes(options: Any) -> dict[str, dict[str, Any]]:
     changes = named_arms(name.strip() for name in options.models.split(",") if name.strip())
-    if options.arms is not None:
-        changes |= _read_arms(options.arms)
-    return make_arms(base, changes)
+    return changes if options.arms is None else changes | _read_arms(options.arms)
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_bk.errors import ConfigError
+from resnet_bk.evaluation.flops import model_flops
 from resnet_bk.evaluation.ledger import BENCHMARKS, append_row, config_hash
 from resnet_bk.experiments.arms import Arm, check_equal_parameters, shape_only
 from resnet_bk.experiments.corpora import CorpusSource, ExperimentCorpus
@@ -211,10 +212,19 @@ def _description(trial: Trial, corpus: ExperimentCorpus, parallel: int) -> dict[
         "model": trial.arm.description,
         "recipe": f"{training.steps} steps of {training.batch_size} x {training.sequence_length}, {training.schedule}, "
         f"warm-up {training.warmup_steps}, decay {training.weight_decay}, clip {clip}, {trial.precision}",
+        "context": trial.context,
         "label": trial.label or None,
         "window": trial.window or training.sequence_length,
         "runs_at_once": parallel,
+        "training_flops": training_flops(trial),
     }
+
+
+def training_flops(trial: Trial) -> int:
+    """Operations of the whole training of a run, forward and backward, counted from the shapes."""
+    training = trial.training
+    step = model_flops(trial.arm.model, batch=training.batch_size, time=max(2, training.sequence_length))
+    return training.steps * step.total
 
 
 def _line(trial: Trial, row: Mapping[str, Any]) -> str:
