@@ -29,14 +29,13 @@ def loud(model, scale: float = 20.0):
     return model
 
 
-@pytest.mark.parametrize("kernel", ["flux", "transmission"])
-@pytest.mark.parametrize("boundary", ["lead", "wall"])
-def test_the_media_are_those_of_the_mixer(tiny, kernel: str, boundary: str) -> None:
-    model = loud(tiny.model(kernel=kernel, boundary=boundary), 1.0)
+@pytest.mark.parametrize("options", [{}, {"kernel": "transmission"}, {"boundary": "wall"}, {"sites_per_token": 3}])
+def test_the_media_are_those_of_the_mixer(tiny, options: dict) -> None:
+    model = loud(tiny.model(**options), 1.0)
     media = probe_media(model, PROBE)
     _, state = model.hidden_states(PROBE)
-    for medium, after in zip(media, state.layers, strict=True):
-        assert medium.potential.shape == (2, 12, model.config.num_heads)
+    for medium, after in zip(media.values(), state.layers, strict=True):
+        assert medium.potential.shape == (2, 12 * options.get("sites_per_token", 1), model.config.num_heads)
         torch.testing.assert_close(medium.real[:, -1], after.green.real, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(medium.imag[:, -1], after.green.imag, rtol=1e-5, atol=1e-6)
 
@@ -50,7 +49,8 @@ def test_every_dynamics_is_watched(tiny, dynamics: str) -> None:
     assert [row["step"] for row in rows] == [0, 3, 6]
     for row in rows:
         assert row["kind"] == "spectral" and len(row["layers"]) == 2
-        for layer in row["layers"]:
+        for number, layer in enumerate(row["layers"]):
+            assert layer["layer"] == number
             assert layer["violations"] == 0
             assert layer["smallest_absorption"] >= 1e-3 and layer["smallest_imaginary"] > 0
             assert layer["largest_product"] <= 1 + 1e-6
@@ -114,7 +114,7 @@ def test_a_sick_medium_stops_a_strict_run_only(tiny, monkeypatch) -> None:
     import resnet_bk.training.spectral as module
 
     found = probe_media(tiny.model(), PROBE)
-    sick = [medium._replace(imag=-medium.imag) for medium in found]
+    sick = {layer: medium._replace(imag=-medium.imag) for layer, medium in found.items()}
     monkeypatch.setattr(module, "probe_media", lambda model, probe: sick)
     for strict in (False, True):
         monitor = SpectralMonitor(PROBE, every=1, strict=strict)
@@ -145,4 +145,14 @@ def test_bad_options_are_named(tiny) -> None:
     monitor = SpectralMonitor(PROBE, limit=1.0)
     trainer = Trainer(tiny.model(dynamics="decay_only"), tiny.loader(), tiny.config(), callbacks=[monitor])
     with pytest.raises(ConfigError, match="no potential to clip"):
+        monitor.on_train_start(trainer)
+
+
+def test_hybrids_are_watched_where_they_have_a_medium(tiny) -> None:
+    hybrid = tiny.model(attention_every=2, attention_head_dim=8)
+    assert list(probe_media(hybrid, PROBE)) == [0]
+    monitor = SpectralMonitor(PROBE)
+    plain = tiny.model(mixer="attention", attention_head_dim=8)
+    trainer = Trainer(plain, tiny.loader(), tiny.config(), callbacks=[monitor], progress=False)
+    with pytest.raises(ConfigError, match="no layer with a resolvent"):
         monitor.on_train_start(trainer)

@@ -29,6 +29,8 @@ SPECTRAL_FILE = "spectral.jsonl"
 class Medium(NamedTuple):
     """What one mixer's potential and absorption are for some tokens, and the Green function they make.
 
+    A token takes `sites_per_token` sites, one after the other.
+
     Attributes:
         potential: v, the scaled potential without the head's energy, float32 or wider, units of the hopping.
         absorption: eta > 0, same units.
@@ -36,15 +38,17 @@ class Medium(NamedTuple):
         imag: Im m.
     """
 
-    potential: Float[Tensor, "batch time heads"]
-    absorption: Float[Tensor, "batch time heads"]
-    real: Float[Tensor, "batch time heads"]
-    imag: Float[Tensor, "batch time heads"]
+    potential: Float[Tensor, "batch sites heads"]
+    absorption: Float[Tensor, "batch sites heads"]
+    real: Float[Tensor, "batch sites heads"]
+    imag: Float[Tensor, "batch sites heads"]
 
 
 @torch.no_grad()
-def probe_media(model: Any, probe: Int[Tensor, "batch time"]) -> list[Medium]:
-    """The media of every layer for some tokens, from one forward pass in evaluation mode; the model is left as it was.
+def probe_media(model: Any, probe: Int[Tensor, "batch time"]) -> dict[int, Medium]:
+    """The medium of every resolvent layer for some tokens, by the layer's number; the model is left as it was.
+
+    One forward pass in evaluation mode. Layers with another mixer (attention, Mamba) have no medium.
 
     Args:
         model: a `LanguageModel`.
@@ -61,30 +65,29 @@ def probe_media(model: Any, probe: Int[Tensor, "batch time"]) -> list[Medium]:
             f"probe has shape {list(probe.shape)}; expected [batch, time] with 1 to {model.segment_tokens} tokens "
             "(model.segment_tokens): pass fewer"
         )
-    projections: dict[Mixer, Tensor] = {}
-    mixers = [block.mixer for block in model.blocks]
-    hooks = [
-        mixer.in_proj.register_forward_hook(
-            lambda _module, _inputs, output, mixer=mixer: projections.__setitem__(mixer, output)
-        )
-        for mixer in mixers
-    ]
+    projections: dict[Any, Tensor] = {}
+    mixers = _mixers(model)
+
+    def keep(module: Any, _inputs: Any, output: Any) -> None:
+        projections[module] = output
+
+    hooks = [mixer.in_proj.register_forward_hook(keep) for mixer in mixers.values()]
     try:
         with _evaluating(model):
             model.hidden_states(probe.to(model.output_weight.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return [_medium(mixer, projections[mixer]) for mixer in mixers]
+    return {layer: _medium(mixer, projections[mixer.in_proj]) for layer, mixer in mixers.items()}
 
 
 class SpectralMonitor(Callback):
     """Writes a row about every layer's media to `spectral.jsonl`: absorption, |m| eta <= 1, Im m > 0, Schatten bounds.
 
-    Every row is {"kind": "spectral", "step", "tokens", "layers": [...]}, one entry a layer with the fields of
-    `MediumReport`; with a limit also `clipped_heads` and `smallest_factor`. Training itself is not touched unless a
-    limit is given: then the potential scale of every head whose bound exceeds it on the probe is multiplied by
-    limit / bound, which brings that layer's bound to the limit for the inputs it just had.
+    Every row is {"kind": "spectral", "step", "tokens", "layers": [...]}, one entry a resolvent layer with its number
+    and the fields of `MediumReport`; with a limit also `clipped_heads` and `smallest_factor`. Training itself is not
+    touched unless a limit is given: then the potential scale of every head whose bound exceeds it on the probe is
+    multiplied by limit / bound, which brings that layer's bound to the limit for the inputs it just had.
 
     Args:
         probe: token ids [batch, time] whose media are measured, the same ones at every row.
@@ -94,7 +97,8 @@ class SpectralMonitor(Callback):
         strict: raise `DomainError` when a medium breaks theorem 1, instead of only writing `violations`.
 
     Raises:
-        ConfigError: a number outside its domain, or a limit for a model without potential.
+        ConfigError: a number outside its domain; when training starts, a model without a resolvent layer, or a limit
+            for one without potential.
     """
 
     def __init__(
@@ -113,11 +117,13 @@ class SpectralMonitor(Callback):
         if not order >= 1:
             raise ConfigError(f"order is {order}; expected a Schatten order in [1, infinity].")
         self.probe, self.every, self.limit, self.order, self.strict = probe, every, limit, order, strict
-        self.reports: list[MediumReport] = []
-        """One report a layer, of the last row."""
+        self.reports: dict[int, MediumReport] = {}
+        """By layer, of the last row."""
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Keep the rows up to the current step, and write one for it if a new run starts here."""
+        if not _mixers(trainer.model):
+            raise ConfigError("the model has no layer with a resolvent; expected at least one: leave the monitor out.")
         if self.limit is not None and trainer.model.config.dynamics == "decay_only":
             raise ConfigError("limit is set, but model.dynamics 'decay_only' has no potential to clip; leave it out.")
         path = Path(trainer.output_dir) / SPECTRAL_FILE
@@ -139,18 +145,19 @@ class SpectralMonitor(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         media = probe_media(trainer.model, self.probe)
-        self.reports = [medium_report(*medium) for medium in media]
+        self.reports = {layer: medium_report(*medium) for layer, medium in media.items()}
         layers = []
-        for block, medium, report in zip(trainer.model.blocks, media, self.reports, strict=True):
+        for layer, report in self.reports.items():
             # JSON has no NaN or infinity.
-            entry: dict[str, Any] = {k: v if math.isfinite(v) else str(v) for k, v in report._asdict().items()}
+            numbers = {name: x if math.isfinite(x) else str(x) for name, x in report._asdict().items()}
+            entry: dict[str, Any] = {"layer": layer, **numbers}
             if self.limit is not None:
-                entry |= self._clip(block.mixer, medium)
+                entry |= self._clip(trainer.model.blocks[layer].mixer, media[layer])
             layers.append(entry)
         row = {"kind": "spectral", "step": trainer.step, "tokens": trainer.tokens, "layers": layers}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        sick = [(layer, report.violations) for layer, report in enumerate(self.reports) if report.violations]
+        sick = [(layer, report.violations) for layer, report in self.reports.items() if report.violations]
         if sick and self.strict:
             raise DomainError(
                 f"Step {trainer.step}: layer {sick[0][0]} has {sick[0][1]} sites with Im m <= 0, |m| eta > 1 or values "
@@ -166,6 +173,12 @@ class SpectralMonitor(Callback):
         return {"clipped_heads": int((factors < 1).sum()), "smallest_factor": factors.min().item()}
 
 
+def _mixers(model: Any) -> dict[int, Mixer]:
+    """The resolvent mixers by the number of their layer."""
+    found = {layer: block.mixer for layer, block in enumerate(model.blocks)}
+    return {layer: mixer for layer, mixer in found.items() if isinstance(mixer, Mixer)}
+
+
 def _medium(mixer: Mixer, projection: Tensor) -> Medium:
     """The medium behind a mixer's raw projection, by the equations of `Mixer.gates`."""
     config = mixer.config
@@ -177,7 +190,8 @@ def _medium(mixer: Mixer, projection: Tensor) -> Medium:
         potential = torch.zeros_like(absorption)
         return Medium(potential, absorption, *decaying_root(potential, absorption))
     energy = mixer.energy.to(wide)
-    potential = mixer.potential_scale.to(wide) * raw.to(wide)
+    potential = mixer.potential_scale.to(wide) * raw.unflatten(-1, (config.sites_per_token, -1)).flatten(1, 2).to(wide)
+    absorption = absorption.repeat_interleave(config.sites_per_token, dim=1)
     if config.dynamics == "semiclassical":
         return Medium(potential, absorption, *decaying_root(potential - energy, absorption))
     lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
