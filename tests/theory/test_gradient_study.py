@@ -81,6 +81,13 @@ def test_gradcheck_of_the_exact_gradient_only() -> None:
         )
 
 
+def test_a_second_derivative_is_refused() -> None:
+    inputs = medium(1, 4)
+    (first,) = torch.autograd.grad(blended_full_diagonal(*inputs).real.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_the_approximations_point_elsewhere() -> None:
     """Counter-examples: on a free line both point away from the gradient of the mean of Re G."""
     inputs = [torch.zeros(1, 40, 1, dtype=torch.float64, requires_grad=True), torch.full((1, 40, 1), 0.1).double()]

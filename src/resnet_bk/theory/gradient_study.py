@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from resnet_bk.errors import DomainError, ShapeError
 
@@ -39,7 +40,7 @@ def blended_full_diagonal(
         ShapeError: the arguments are not real tensors of one non-empty shape with three axes and one dtype.
         DomainError: a value is not finite, some absorption is not positive, an unknown base, a weight outside [0, 1].
 
-    Theorem: with the defaults the gradient is exact: `dG_ii / d alpha_j = -G_ij^2` for all j.
+    Theorem: with the defaults the gradient is exact: `dG_ii / d alpha_j = -G_ij^2` for all j. First derivatives only.
     Heuristic: everything else. Measured: gradient-study rows of the ledger.
     Cost: O(batch * sites * heads) work in 2 sites sequential steps, forward and backward.
     Source: MATH.md (4) and theorem 7.
@@ -119,6 +120,7 @@ class _BlendedDiagonal(torch.autograd.Function):
         return diagonal
 
     @staticmethod
+    @once_differentiable  # the saved sweeps are neither inputs nor outputs: a second derivative would miss them
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         left, right, diagonal = ctx.saved_tensors
         square = diagonal.conj().square()
