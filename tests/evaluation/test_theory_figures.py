@@ -9,6 +9,9 @@ from resnet_bk.cli import main
 from resnet_bk.evaluation import theory_figures
 from resnet_bk.evaluation.theory_figures import FIGURES, decay_figure, draw_theory_figures, spectral_shift_figure
 from resnet_bk.evaluation.token_medium import medium_of_words
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.models.resnet_bk import LanguageModel
+from resnet_bk.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -48,6 +51,20 @@ def test_the_command_draws_them(tmp_path, capsys, monkeypatch) -> None:
     assert main(["theory", "figures", "--out", str(tmp_path), "--text", "one word after the other"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"spectral-shift.{kind}") for kind in ("png", "svg")]
     assert "other" in (tmp_path / "spectral-shift.svg").read_text()
+
+
+def test_the_command_reads_a_model(tmp_path, capsys, monkeypatch) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=300, d_model=32, num_layers=2, feed_forward_dim=32, head_dim=16, state_size=8)
+    model = LanguageModel(config)
+    model.tokenizer = Tokenizer.train(["one word after the other"], 300)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(theory_figures, "FIGURES", {"spectral-shift": spectral_shift_figure})
+    arguments = ["theory", "figures", "--out", str(tmp_path), "--model", str(tmp_path / "model"), "--layer"]
+    assert main([*arguments, "1"]) == 0
+    assert "layer 1 of the model" in (tmp_path / "spectral-shift.svg").read_text()
+    assert main([*arguments, "2"]) == 2
+    assert "layer is 2; expected 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
