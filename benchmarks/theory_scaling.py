@@ -2,6 +2,7 @@
 
     python benchmarks/theory_scaling.py                             # about five minutes on one thread
     python benchmarks/theory_scaling.py --sites 1000 --no-rows      # a rehearsal at 1,000 and 10,000
+    python benchmarks/theory_scaling.py --only continuum            # the routines whose name contains this
 
 Processor seconds (other processes on the machine do not count), the least of several runs, the two sizes in turn. One
 row a routine in `benchmarks/results/theory-scaling.jsonl`; a result that is not finite is a row too.
@@ -158,10 +159,16 @@ def main() -> None:
     )
     parser.add_argument("--sites", type=int, default=100_000, help="the smaller size; the larger is ten times that")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="time only routines whose name contains this")
     parser.add_argument("--no-rows", action="store_true", help="print only, append nothing to the ledger")
     arguments = parser.parse_args()
     small, large = (routines(sites) for sites in (arguments.sites, 10 * arguments.sites))
+    command = f"python benchmarks/theory_scaling.py --sites {arguments.sites} --repeats {arguments.repeats}"
+    if arguments.only:
+        command += f" --only {arguments.only}"
     for name in small:
+        if arguments.only not in name:
+            continue
         began = time.perf_counter()
         metrics = {
             "routine": name,
@@ -178,7 +185,7 @@ def main() -> None:
         if not arguments.no_rows:
             append_row(
                 "theory-scaling",
-                command=f"python benchmarks/theory_scaling.py --sites {arguments.sites}",
+                command=command,
                 config={"rank": RANK, "leaf": LEAF, "repeats": arguments.repeats, "sites": arguments.sites},
                 seeds=[0],
                 metrics=metrics,

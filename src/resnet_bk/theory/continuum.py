@@ -18,6 +18,8 @@ from resnet_bk.errors import DomainError, ShapeError
 from resnet_bk.theory.bounds import Bound
 from resnet_bk.theory.potentials import prime_bump_potential
 
+_PIECE = 1 << 14
+
 
 class Grid(NamedTuple):
     """A potential on a grid of the line.
@@ -212,16 +214,23 @@ def continuum_hilbert_schmidt_bound(grid: Grid, z: complex) -> Bound:
 
 def _decaying_sums(values: Tensor, factor: Tensor) -> Tensor:
     """`sum_b values_b prod of the factors between a and b` for every a, float64 [n]."""
-    total = -values  # counted from both sides
-    for flip in (False, True):
-        entries, decays = (values.flip(0), factor.flip(0)) if flip else (values, factor)
-        running, sums = 0.0, []
-        for value, decay in zip(entries.tolist(), [0.0, *decays.tolist()], strict=True):
+    padded = torch.cat((torch.zeros_like(values[:1]), factor))
+    forward = _sums_before(values, padded)
+    backward = _sums_before(values.flip(0), torch.cat((padded[:1], factor.flip(0)))).flip(0)
+    return forward + backward - values  # counted from both sides
+
+
+def _sums_before(values: Tensor, factor: Tensor) -> Tensor:
+    """`s_a = values_a + factor_a s_{a-1}`, float64 [n]."""
+    running, parts = 0.0, []
+    # Pieces, so that their numbers stay in the cache.
+    for some, decays in zip(values.split(_PIECE), factor.split(_PIECE), strict=True):
+        sums = []
+        for value, decay in zip(some.tolist(), decays.tolist(), strict=True):
             running = value + decay * running
             sums.append(running)
-        side = torch.tensor(sums, dtype=torch.float64, device=values.device)
-        total = total + (side.flip(0) if flip else side)
-    return total
+        parts.append(torch.tensor(sums, dtype=torch.float64, device=values.device))
+    return torch.cat(parts)
 
 
 def _checked_grid(grid: Grid) -> Grid:
