@@ -84,7 +84,7 @@ def test_speed_times_each_model(folder, capsys):
     command = ["benchmark", "speed", *MODEL, "--device", "cpu", "--benchmarks", str(folder / "b"), *options]
     assert main(command) == 0
     assert "forward and backward" in capsys.readouterr().out
-    assert len((folder / "b/results/model-speed.jsonl").read_text().splitlines()) == 8
+    assert len((folder / "b/results/speed.jsonl").read_text().splitlines()) == 8
     assert main([*command, "--lengths", "x"]) == 2
 
 
@@ -126,3 +126,10 @@ def test_scaling_puts_laws_through_a_grid(folder, capsys):
     assert "bk   parameters  4     4 " in capsys.readouterr().out
     assert main([*command, "--widths", "20"]) == 2
     assert "head_dim" in capsys.readouterr().err
+
+
+def test_report_is_written_from_the_ledger(folder, capsys):
+    assert main(compare(folder, "--rates", "1e-3", "--sequence-length", "8")) == 0
+    assert main(["benchmark", "report", "--benchmarks", str(folder / "b")]) == 0
+    assert "4 files in" in capsys.readouterr().out
+    assert (folder / "b" / "REPORT.md").is_file() and (folder / "b" / "LEDGER.md").is_file()

@@ -28,7 +28,7 @@ def test_every_arm_is_timed_in_every_case_once(arms, tmp_path):
     assert lines[0].splitlines()[1].split()[0] == "bk" and lines[0].splitlines()[1].endswith("1.00")
     again = measure_speed(arms, cases, **options)
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
-    assert len(read_rows("model-speed", tmp_path)) == 8
+    assert len(read_rows("speed", tmp_path)) == 8
     assert measure_speed(arms, cases, **options, label="again", budget=0.0) == []
     assert "The time was up" in lines[-1]
 

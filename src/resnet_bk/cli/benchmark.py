@@ -14,6 +14,7 @@ BENCHMARKS = {
     "scaling": "compare over a grid of widths and depths, with power laws through the losses",
     "flops": "count the operations of models of equal size, by part",
     "speed": "time models of equal size, forward and backward",
+    "report": "write every table and figure anew from the ledger",
 }
 """What can be measured -> what it does; each is the module `resnet_bk.cli.benchmark_<name>`."""
 

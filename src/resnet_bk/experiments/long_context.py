@@ -81,6 +81,13 @@ def position_table(curves: Sequence[PositionCurve]) -> str:
     if not curves:
         return "No run has a loss by position."
     first = curves[0]
+    heading = f"Loss by preceding tokens; trained at {first.training_length:,}; {first.texts}."
+    return f"{heading}\n{aligned(position_cells(curves))}"
+
+
+def position_cells(curves: Sequence[PositionCurve]) -> list[list[str]]:
+    """The cells of `position_table`, heading first; at least one curve."""
+    first = curves[0]
     shown = [place for place, stop in enumerate(first.stops) if stop > first.training_length // 4]
     heading = [
         "arm",
@@ -94,4 +101,4 @@ def position_table(curves: Sequence[PositionCurve]) -> str:
         cells = [f"{curve.means[k]:.3f}" if k < len(curve.means) else "" for k in shown]
         rises = f"from {curve.rises[0]:,}" if curve.rises else "nowhere beyond noise"
         lines.append([curve.name, str(curve.seeds), *cells, f"{curve.beyond:+.3f}", rises])
-    return f"Loss by preceding tokens; trained at {first.training_length:,}; {first.texts}.\n{aligned(lines)}"
+    return lines

@@ -46,3 +46,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table; the first line is the heading."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *map(list, lines[1:])]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -133,6 +133,11 @@ class ScalingCurve:
         return confidence_band(self.laws, sizes)
 
     @property
+    def law_text(self) -> str:
+        """The law in N parameters or C operations."""
+        return str(self.law) if self.against == "parameters" else str(self.law).replace("N", "C")
+
+    @property
     def exponent_range(self) -> tuple[float, float]:
         """95 % confidence interval of the exponent."""
         low, high = np.quantile([law.exponent for law in self.laws], [0.025, 0.975])
@@ -171,14 +176,19 @@ def scaling_curves(rows: Sequence[Mapping[str, Any]], *, samples: int = 300) -> 
 
 def scaling_table(curves: Sequence[ScalingCurve]) -> str:
     """Aligned text: the law of each arm, and the confidence interval of its exponent."""
+    return aligned(scaling_cells(curves))
+
+
+def scaling_cells(curves: Sequence[ScalingCurve]) -> list[list[str]]:
+    """The cells of `scaling_table`, heading first."""
     lines = [["arm", "against", "runs", "sizes", "validation loss", "exponent, 95 %"]]
     for curve in curves:
         fit, interval = "too few sizes for a law", ""
         if curve.law is not None:
-            fit = str(curve.law)
+            fit = curve.law_text
             interval = "{:.3f} to {:.3f}".format(*curve.exponent_range)
         lines.append([curve.name, curve.against, str(len(curve.losses)), str(len(set(curve.sizes))), fit, interval])
-    return aligned(lines)
+    return lines
 
 
 def comparison_at(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from resnet_bk.experiments.rows import aligned, read_rows
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.device import resolve_device, resolve_precision
 
-QUESTION = "model-speed"
+QUESTION = "speed"
 PASSES = ("forward", "forward and backward")
 
 _INPUT_SETS = 4
@@ -124,8 +124,13 @@ def measure_speed(
     return found
 
 
-def speed_table(rows: Sequence[dict[str, Any]], *, reference: str) -> str:
+def speed_table(rows: Sequence[Mapping[str, Any]], *, reference: str) -> str:
     """Aligned text: one line a row, with its time over that of `reference` in the same case."""
+    return aligned(speed_cells(rows, reference=reference))
+
+
+def speed_cells(rows: Sequence[Mapping[str, Any]], *, reference: str) -> list[list[str]]:
+    """The cells of `speed_table`, heading first."""
     lines = [["arm", "pass", "batch x length", "ms", "tokens/s", "peak MiB", f"/ {reference}"]]
     cases = {(m["pass"], m["shape"]): m["milliseconds"] for m in _metrics(rows) if m["arm"] == reference}
     for m in _metrics(rows):
@@ -144,10 +149,10 @@ def speed_table(rows: Sequence[dict[str, Any]], *, reference: str) -> str:
                 "" if base is None else f"{m['milliseconds'] / base:.2f}",
             ]
         )
-    return aligned(lines)
+    return lines
 
 
-def _metrics(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [row["metrics"] for row in rows]
 
 

@@ -268,14 +268,7 @@ def _task_table(task: str, rows: Sequence[Row]) -> str:
     lengths = sorted({length for row in rows for length in _tail(row)})
     header = [task, "rate", "seeds", "state bytes", *(f"{length:,}" for length in lengths)]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Row]]] = {}
-    for row in rows:
-        metrics = row["metrics"]
-        by_rate = groups.setdefault((metrics["arm"], metrics["model"]), {})
-        by_rate.setdefault((metrics["recipe"], metrics["learning_rate"]), []).append(row)
-    for (arm, _), by_rate in groups.items():
-        # The rate that the other seeds were run at was chosen by the first.
-        chosen = min(by_rate.values(), key=lambda runs: runs[0]["metrics"].get("training_loss_nats", math.inf))
+    for arm, chosen in _best_rates(rows):
         cells = []
         for length in lengths:
             values = [_tail(row)[length] for row in chosen if length in _tail(row)]
@@ -285,6 +278,33 @@ def _task_table(task: str, rows: Sequence[Row]) -> str:
         state = f"{metrics['state_bytes']:,}" if "state_bytes" in metrics else ""
         lines.append([arm, f"{metrics['learning_rate']:g}", str(len(chosen)), state, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tail_curves(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Arm -> pairs of length and mean tail accuracy of one task, at the best rate of each arm's sweep."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for arm, chosen in _best_rates(rows):
+        lengths = sorted({length for row in chosen for length in _tail(row)})
+        if lengths:
+            curves[arm] = [
+                (length, statistics.fmean(_tail(row)[length] for row in chosen if length in _tail(row)))
+                for length in lengths
+            ]
+    return curves
+
+
+def _best_rates(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The runs of each model of one task at the best rate of its sweep."""
+    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Row]]] = {}
+    for row in rows:
+        metrics = row["metrics"]
+        by_rate = groups.setdefault((metrics["arm"], metrics["model"]), {})
+        by_rate.setdefault((metrics["recipe"], metrics["learning_rate"]), []).append(row)
+    # The rate that the other seeds were run at was chosen by the first.
+    return [
+        (arm, min(by_rate.values(), key=lambda runs: runs[0]["metrics"].get("training_loss_nats", math.inf)))
+        for (arm, _), by_rate in groups.items()
+    ]
 
 
 def _tail(row: Row) -> dict[int, float]:

@@ -122,17 +122,25 @@ def _summary(name: str, chosen: list[Mapping[str, Any]], sweep: list[Mapping[str
 
 def comparison_table(arms: Sequence[ArmSummary], *, reference: str) -> str:
     """Aligned text: one line an arm, its perplexity over that of `reference`, and whether the seeds cover that."""
+    return "\n".join([aligned(comparison_cells(arms, reference=reference)), *notes(arms)])
+
+
+def comparison_cells(arms: Sequence[ArmSummary], *, reference: str) -> list[list[str]]:
+    """The cells of `comparison_table`, heading first."""
     header = [
         "arm", "parameters", "rate", "seeds", "validation", "test", "bits/byte", f"/ {reference}", "tokens to equal",
         "tokens/s", "peak MiB", "read in",
     ]  # fmt: skip
     base = next((arm for arm in arms if arm.name == reference), None)
-    lines = [header] + [_cells(arm, base) for arm in arms]
-    text = [aligned(lines)]
+    return [header] + [_cells(arm, base) for arm in arms]
+
+
+def notes(arms: Sequence[ArmSummary]) -> list[str]:
+    """What a reader of the table should know besides."""
     edges = [arm.name for arm in arms if arm.at_edge]
-    if edges:
-        text.append(f"The best rate of {', '.join(edges)} is at the edge of the sweep; a better one may lie beyond.")
-    return "\n".join(text)
+    if not edges:
+        return []
+    return [f"The best rate of {', '.join(edges)} is at the edge of the sweep; a better one may lie beyond."]
 
 
 def verdict(arm: ArmSummary, base: ArmSummary) -> str:
