@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from resnet_bk.cli import main
+from resnet_bk.cli.benchmark import BENCHMARKS
 
 MODEL = [
     "--model.vocab_size", "16", "--model.d_model", "16", "--model.num_layers", "1", "--model.feed_forward_dim", "32",
@@ -72,6 +75,16 @@ def test_bad_values_are_one_line(folder, options, said, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(compare(folder, *options)) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_option_is_documented(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", name, "--help"])
+    sections = {"--help", "--config", "--model", "--data", "--training", "--print_config", "--task"}
+    options = set(re.findall(r"--[a-z][a-z_-]+(?![\w.])", capsys.readouterr().out)) - sections
+    page = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text()
+    assert options and not {option for option in options if option not in page}
 
 
 def test_help_lists_the_benchmarks(capsys):

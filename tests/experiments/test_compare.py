@@ -7,7 +7,7 @@ import pytest
 
 from resnet_bk.errors import ConfigError
 from resnet_bk.experiments.arms import make_arms, named_arms
-from resnet_bk.experiments.compare import Comparison, compare, default_rates, parse_numbers
+from resnet_bk.experiments.compare import Comparison, compare, default_rates, parse_numbers, recipe
 from resnet_bk.experiments.corpora import CorpusSource
 from resnet_bk.experiments.rows import read_rows
 from resnet_bk.experiments.trial import TrialResult
@@ -125,6 +125,14 @@ def test_rows_are_plain_json_without_paths(comparison, run, token_folder, tmp_pa
     text = path.read_text()
     assert str(token_folder) not in text and str(tmp_path) not in text
     assert [json.loads(line)["metrics"]["kind"] for line in text.splitlines()] == ["compare"] * 2
+
+
+def test_a_recipe_tells_everything_that_is_not_as_usual(comparison):
+    arm = comparison.arms[0]
+    usual = "8 steps of 3 x 16, cosine, warm-up 2, decay 0.1, clip 1.0, float32"
+    assert recipe(comparison.trial(arm, 1e-3, 0)) == usual
+    other = dataclasses.replace(comparison, training=dataclasses.replace(comparison.training, beta2=0.99))
+    assert recipe(other.trial(arm, 1e-3, 0)) == f"{usual}, beta2 0.99"
 
 
 def test_numbers_of_an_option():

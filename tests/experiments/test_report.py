@@ -146,6 +146,13 @@ def test_only_equal_conditions_are_compared():
     ]  # fmt: skip
 
 
+def test_corpora_of_one_name_are_told_apart_by_their_tokens():
+    rows = named("compare", [compared("bk", 3.0, corpus_hash=text) for text in "aba"])
+    assert [row_names(group.rows) for group in comparison_groups(rows)] == ["compare#1, #3", "compare#2"]
+    early = named("compare", [compared("bk", 3.0), compared("bk", 3.0, corpus_hash="a")])
+    assert [row_names(group.rows) for group in comparison_groups(early)] == ["compare#1 to #2"]
+
+
 def test_rows_are_named_by_their_spans():
     rows = named("compare", [{}] * 9)
     assert row_names([rows[0], rows[1], rows[2], rows[5], rows[8], rows[7]]) == "compare#1 to #3, #6, #8 to #9"

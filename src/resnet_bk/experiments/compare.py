@@ -201,23 +201,35 @@ def finished(metrics: Mapping[str, Any]) -> bool:
 
 def _description(trial: Trial, corpus: ExperimentCorpus, parallel: int) -> dict[str, Any]:
     """What a reader of the row wants to know of the run."""
-    training = trial.training
-    clip = training.gradient_clip_norm
     return {
         "kind": "compare",
         "arm": trial.arm.name,
         "corpus": corpus.name,
+        "corpus_hash": config_hash(corpus.identity),
         "outcome": "",
-        "learning_rate": training.learning_rate,
+        "learning_rate": trial.training.learning_rate,
         "model": trial.arm.description,
-        "recipe": f"{training.steps} steps of {training.batch_size} x {training.sequence_length}, {training.schedule}, "
-        f"warm-up {training.warmup_steps}, decay {training.weight_decay}, clip {clip}, {trial.precision}",
+        "recipe": recipe(trial),
         "context": trial.context,
         "label": trial.label or None,
-        "window": trial.window or training.sequence_length,
+        "window": trial.window or trial.training.sequence_length,
         "runs_at_once": parallel,
         "training_flops": training_flops(trial),
     }
+
+
+def recipe(trial: Trial) -> str:
+    """How a run trains, but for its rate: what is always told, then what differs from the defaults."""
+    training = trial.training
+    told = (
+        f"{training.steps} steps of {training.batch_size} x {training.sequence_length}, {training.schedule}, "
+        f"warm-up {training.warmup_steps}, decay {training.weight_decay}, clip {training.gradient_clip_norm}, "
+        f"{trial.precision}"
+    )
+    defaults = TrainingConfig()
+    others = ("minimum_learning_rate_ratio", "decay_fraction", "beta1", "beta2")
+    changed = [name for name in others if getattr(training, name) != getattr(defaults, name)]
+    return ", ".join([told, *(f"{name} {getattr(training, name)}" for name in changed)])
 
 
 def training_flops(trial: Trial) -> int:

@@ -86,15 +86,23 @@ def write_report(benchmarks: Path = BENCHMARKS) -> list[Path]:
 
 def comparison_groups(rows: Iterable[Row]) -> list[Group]:
     """The comparisons among `rows`, in order of appearance; sizes that differ by more than 5 % are kept apart."""
-    by_key: dict[tuple[str, ...], list[Row]] = {}
+    by_key: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in rows:
         m = row["metrics"]
         if m.get("kind") == "compare":
             context = m.get("context") or m.get("training_state") or "fresh"
             key = row["row"].split("#")[0], m["corpus"], m["recipe"], context, m.get("label") or "", hardware_of(row)
-            by_key.setdefault(key, []).append(row)
+            by_key.setdefault(key, {}).setdefault(m.get("corpus_hash") or "", []).append(row)
+    for found in by_key.values():
+        # Early rows do not tell the hash of their tokens; where there is one corpus only, they are of that.
+        if "" in found and len(found) == 2:
+            early = found.pop("")
+            next(iter(found.values())).extend(early)
     return [
-        Group(*key, parameters=size, rows=tuple(same)) for key, found in by_key.items() for size, same in by_size(found)
+        Group(*key, parameters=size, rows=tuple(same))
+        for key, corpora in by_key.items()
+        for found in corpora.values()
+        for size, same in by_size(found)
     ]
 
 
