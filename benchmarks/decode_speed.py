@@ -34,7 +34,7 @@ from gpu_timing import (
 )
 from torch import Tensor
 
-from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.models.decode import Decoder, owned
 from resnet_bk.models.prefill import prefill
@@ -90,6 +90,7 @@ class Bench:
         for block, layer in zip(self.model.blocks, owned(state).layers, strict=True):
             mixer = block.get_submodule("mixer")
             assert isinstance(mixer, Mixer)
+            assert isinstance(layer, MixerState)
             layer.mix.memory.normal_()
             projection = torch.randn(batch, 1, sum(mixer.sizes), dtype=self.plan.dtype, device=self.clock.device)
             calls.append(functools.partial(mixer.step, projection, layer))

@@ -10,6 +10,7 @@ from peer_models import prepare_heads
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet_bk.layers.mixer import MixerState
 from resnet_bk.models import decode
 from resnet_bk.models.prefill import evaluate, prefill
 from resnet_bk.models.resnet_bk import LanguageModel
@@ -52,7 +53,9 @@ class OwnDecoder(Decoder):
     def step(self) -> None:
         hidden, self.state = evaluate(self.model, self.ids[:, None], state=self.state)
         if self.in_place:
-            self.state.layers[0].mix.position.add_(1)
+            first = self.state.layers[0]
+            assert isinstance(first, MixerState)
+            first.mix.position.add_(1)
         self.ids.copy_(F.linear(hidden[:, -1], self.model.output_weight).argmax(-1))
 
 

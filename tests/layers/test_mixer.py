@@ -31,6 +31,7 @@ COMBINATIONS += [
     for sites, readout, source, boundary in product((1, 3), (False, True), ("gated", "free"), ("lead", "wall"))
     if sites > 1 or readout
 ]
+COMBINATIONS += [dict(peierls_pairs=3), dict(peierls_pairs=4, sites_per_token=3, green_readout=True, source="free")]
 every_combination = pytest.mark.parametrize(
     "options", COMBINATIONS, ids=lambda options: "-".join(map(str, options.values()))
 )
@@ -84,7 +85,7 @@ def sweep(alpha, first):
 def written_out(mixer, u):
     """Output of the mixer from its equations: one dense time-by-time kernel a head."""
     c = mixer.config
-    z, x, k, q, a, e, s = mixer.in_proj(u).split(mixer.sizes, -1)
+    z, x, k, q, a, e, s, *turns = mixer.in_proj(u).split(mixer.sizes, -1)
     k, q = (part / torch.sqrt(part.square().mean(-1, keepdim=True) + c.norm_epsilon) for part in (k, q))
     k, q = k[:, :, None] + mixer.key_bias, q[:, :, None] + mixer.query_bias
     eta = F.softplus(e + mixer.absorption_bias) + c.absorption_floor
@@ -125,6 +126,13 @@ def written_out(mixer, u):
     if c.phase_coupling:
         angle = angle + (mixer.phase_scale * (m0.angle() - m.angle()).cumsum(1))[..., None]
     q, k = (torch.complex(*part.chunk(2, -1)) * torch.exp(1j * angle) for part in (q, k))
+    if turns:  # the heads' biases are turned by the positions only
+        peierls = (torch.pi * mixer.peierls_scale * torch.tanh(turns[0])).cumsum(1)[:, :, None]
+        peierls = torch.exp(1j * F.pad(peierls, (c.state_size // 2 - c.peierls_pairs, 0)))
+        q_bias, k_bias = (
+            torch.complex(*b.chunk(2, -1)) * torch.exp(1j * angle) for b in (mixer.query_bias, mixer.key_bias)
+        )
+        q, k = (q - q_bias) * peierls + q_bias, (k - k_bias) * peierls + k_bias
     scores = torch.einsum("bihp,bjhp->bhij", q, k.conj()).real * c.state_size**-0.5
     token = torch.eye(u.shape[1], dtype=u.dtype)
     rows = [token[0].expand(scores.shape[0], c.num_heads, -1)]

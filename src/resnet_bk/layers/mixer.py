@@ -47,6 +47,8 @@ class MixerState(NamedTuple):
     """The potential-free m0 of the last token; only with phase coupling."""
     phase: Float[Tensor, "rows heads"] | None = None
     """Sum of scattering phases so far, float64 radians; only with phase coupling."""
+    peierls: Float[Tensor, "rows pairs"] | None = None
+    """Sum of Peierls phases so far, float64 radians in [0, 2 pi); only with data-dependent ones."""
 
 
 class InPlaceState(MixerState):
@@ -85,6 +87,9 @@ class Mixer(nn.Module):
         has_potential, has_source = config.dynamics != "decay_only", config.source != "unit"
         potentials = heads * config.sites_per_token * has_potential
         self.sizes = [inner, inner, state, state, potentials, heads, heads * has_source]
+        if config.peierls_pairs:
+            self.sizes.append(config.peierls_pairs)
+            self.peierls_scale = nn.Parameter(torch.empty(config.peierls_pairs))
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(inner + 2 * heads * config.green_readout, config.d_model, bias=False)
         self.query_bias = nn.Parameter(torch.empty(heads, state))
@@ -130,6 +135,9 @@ class Mixer(nn.Module):
                 self.energy.copy_(torch.linspace(-reach, reach, heads) if heads > 1 else torch.zeros(1))
         if config.phase_coupling:
             self.phase_scale.zero_()
+        if config.peierls_pairs:
+            # From nearly none to half a turn a token: some pairs stay coherent over long distances, some count.
+            self.peierls_scale.copy_(10 ** torch.linspace(-2, 0, config.peierls_pairs))
 
     def forward(
         self,
@@ -151,6 +159,11 @@ class Mixer(nn.Module):
     @property
     def fused_step(self) -> bool:
         """Whether `step` knows this mixer's options: exact dynamics, flux kernel, one site a token, nothing besides."""
+        return self._fused_gates and not self.config.peierls_pairs
+
+    @property
+    def _fused_gates(self) -> bool:
+        """Whether `flux_gates` knows this mixer's medium."""
         config = self.config
         plain = config.sites_per_token == 1 and not config.phase_coupling and not config.green_readout
         return config.dynamics == "exact" and config.kernel == "flux" and plain
@@ -200,13 +213,32 @@ class Mixer(nn.Module):
                 projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
             )
             return out, MixerState(mix, green)
-        gate, x, key, query, potential, absorption, source = projection.split(self.sizes, dim=-1)
+        gate, x, key, query, potential, absorption, source, *turns = projection.split(self.sizes, dim=-1)
         gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
+        peierls = None
+        if turns:
+            key, query, peierls = self._turned(key, query, turns[0], state, cu_seqlens)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
         out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
-        return out, MixerState(mix, green, free, phase)
+        return out, MixerState(mix, green, free, phase, peierls)
+
+    def _turned(
+        self, key: Tensor, query: Tensor, turn: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and queries after the Peierls phases of all tokens up to theirs, and the phases after the last token.
+
+        The norm that follows does not see the rotation, and the biases of the heads are added after it.
+        """
+        wide = torch.promote_types(turn.dtype, torch.float32)
+        step = math.pi * self.peierls_scale.to(wide) * torch.tanh(turn.to(wide))
+        total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens)
+        angle = torch.remainder(total, 2 * math.pi).to(wide)
+        # The slow pairs, which their positions turn least.
+        angle = F.pad(angle, (self.config.state_size // 2 - self.config.peierls_pairs, 0))
+        cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
+        return rotate(key, cos, sin), rotate(query, cos, sin), torch.remainder(last, 2 * math.pi)
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -305,7 +337,7 @@ class Mixer(nn.Module):
         Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
-        if self.fused_step:
+        if self._fused_gates:
             initial = None if state is None else state.green
             if initial is None and config.boundary == "wall":
                 wall = torch.zeros_like(self.energy, dtype=torch.float32)

@@ -55,6 +55,8 @@ class ModelConfig:
     """What lies left of the first token: a matched lead (no reflection) or a hard wall (m_0 = 0)."""
     phase_coupling: bool = False
     """Add a learned multiple of the accumulated scattering phase to the rotary angle (starts at zero)."""
+    peierls_pairs: int = 0
+    """Slowest pairs of key channels, of state_size / 2, that data-dependent (Peierls) phases turn too, in all heads."""
     sites_per_token: int = 1
     """Lattice sites a token adds, each with a detuning of its own; three make any element of SL(2, R) of its step."""
     green_readout: bool = False
@@ -105,6 +107,10 @@ class ModelConfig:
             raise ConfigError(
                 f"model.state_size is {self.state_size}; it must be a multiple of 4 for mixer 'mamba3' (half of its "
                 "channels are turned in pairs)."
+            )
+        if self.peierls_pairs > self.state_size // 2:
+            raise ConfigError(
+                f"model.peierls_pairs is {self.peierls_pairs}; there are only state_size / 2 = {self.state_size // 2}."
             )
         if self.attention_every > self.num_layers:
             raise ConfigError(
@@ -195,6 +201,7 @@ def unknown_key_message(key: str, known: list[str], *, what: str = "configuratio
 _LEAST = {
     **dict.fromkeys(("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"), 1),
     "attention_head_dim": 1,
+    "peierls_pairs": 0,
     "sites_per_token": 1,
     "attention_every": 0,
     "attention_window": 0,
