@@ -21,6 +21,14 @@ class DomainError(ResNetBKError, ValueError):
     """A value outside the domain of an operator: absorption <= 0, NaN, a token id beyond the vocabulary."""
 
 
+class InstabilityError(DomainError):
+    """A training step that must not be taken: something is not finite, or far from what the run showed before."""
+
+
+class RecoveryError(ResNetBKError, RuntimeError):
+    """A run that stayed unstable after every allowed try to recover; the message says what was tried."""
+
+
 class DataError(ResNetBKError, ValueError):
     """A corpus, prompt or tokenizer file that cannot be used; the message locates the fault."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_bk.errors import DataError
 
 if TYPE_CHECKING:
+    from resnet_bk.errors import InstabilityError
     from resnet_bk.evaluation.perplexity import StreamEvaluation
     from resnet_bk.training.trainer import Trainer
 
@@ -27,8 +28,24 @@ class Callback:
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step, after a checkpoint was resumed."""
 
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Before the batches of a step are read."""
+
+    def on_gradients(self, trainer: Trainer, loss: float, gradient_norm: float) -> None:
+        """The step's loss and unclipped gradients are there and finite, and no parameter has changed yet.
+
+        Raise `InstabilityError` to refuse the step.
+        """
+
     def on_step_end(self, trainer: Trainer) -> None:
         """After every optimizer step and its rows of metrics."""
+
+    def on_instability(self, trainer: Trainer, error: InstabilityError) -> bool:
+        """A step was refused. True: the run can go on from the trainer's present state; else the run ends with it."""
+        return False
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """The trainer went back to an earlier step; rows beyond it are of an abandoned branch."""
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """A row of metrics is due; `row["kind"]` is `train` or `validation`."""
@@ -41,6 +58,13 @@ class Callback:
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step; also when the run ends with an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What continues this callback after a resume, in plain JSON types; empty if nothing does."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned; not called where a checkpoint holds nothing for this callback."""
 
 
 class MetricsFile(Callback):
@@ -66,6 +90,11 @@ class MetricsFile(Callback):
         """Force the rows to disk: a checkpoint never knows more than the file."""
         os.fsync(self._file.fileno())
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Drop the rows beyond the current step."""
+        self._file.close()
+        self.on_train_start(trainer)
+
     def on_train_end(self, trainer: Trainer) -> None:
         """Close the file."""
         self._file.close()
@@ -86,6 +115,11 @@ class TensorBoard(Callback):
         for name, value in row.items():
             if name not in ("kind", "step") and isinstance(value, int | float):
                 self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Mark events beyond the current step as superseded."""
+        self._writer.close()
+        self.on_train_start(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Close the event file."""

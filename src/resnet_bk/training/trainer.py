@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from resnet_bk.data.config import DataConfig
-from resnet_bk.errors import CheckpointError, ConfigError, DataError, DomainError, ResNetBKError
+from resnet_bk.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DomainError,
+    InstabilityError,
+    ResNetBKError,
+)
 from resnet_bk.evaluation.ledger import library_versions
 from resnet_bk.evaluation.perplexity import StreamEvaluation, Tokens, evaluate_stream
 from resnet_bk.tokenizer import Tokenizer
@@ -31,6 +38,7 @@ from resnet_bk.training.checkpoint import (
 )
 from resnet_bk.training.config import TrainingConfig
 from resnet_bk.training.device import resolve_device, resolve_precision
+from resnet_bk.training.finite import first_nonfinite
 from resnet_bk.training.optimizer import build_optimizer, parameters_without_state
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
 from resnet_bk.training.schedules import learning_rate_at
@@ -109,6 +117,8 @@ class Trainer:
         """Optimizer steps done."""
         self.tokens = 0
         """Tokens read by those steps."""
+        self.learning_rate_factor = 1.0
+        """What the schedule's rate is multiplied by; a callback may lower it for a while."""
         self._interval = _Interval()
         self._overflows = 0
         self._started = self._stopping = False
@@ -127,8 +137,9 @@ class Trainer:
         """Run the remaining steps, and return what they came to.
 
         Raises:
-            DomainError: a loss or gradient that is not finite; names the step and the first parameter concerned.
-                No parameter was changed by that step, and checkpoints on disk are untouched.
+            InstabilityError: a loss or gradient that is not finite, or a step that a callback refused, and no callback
+                recovered from it; names the step and the first module or parameter concerned. No parameter was
+                changed by that step, and checkpoints on disk are untouched.
             CheckpointError: `output_dir` holds another run, or a checkpoint that does not fit this one.
             DataError: the loader ended, or a step had nothing to predict.
         """
@@ -138,7 +149,12 @@ class Trainer:
         self._call("on_train_start")
         try:
             while self.step < config.steps and not self._stopping:
-                self._train_step()
+                try:
+                    self._train_step()
+                except InstabilityError as error:
+                    if not any(callback.on_instability(self, error) for callback in self.callbacks):
+                        raise
+                    continue
                 last = self.step == config.steps
                 if last or self.step % config.log_every == 0:
                     self._log_training()
@@ -171,7 +187,7 @@ class Trainer:
         """The checkpoint of the current step, written now unless it exists."""
         if self._checkpoint is None or self._checkpoint.name != f"step-{self.step:06d}":
             self._checkpoint = save_training_checkpoint(
-                self.output_dir, self.model, self.optimizer, self._state(), keep=self.config.keep_checkpoints
+                self.output_dir, self.model, self.optimizer, self.run_state(), keep=self.config.keep_checkpoints
             )
             self._call("on_checkpoint", self._checkpoint)
         return self._checkpoint
@@ -179,12 +195,13 @@ class Trainer:
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulation_steps` batches."""
         started = time.perf_counter()
+        self._call("on_step_start")
         batches = [self._next_batch() for _ in range(self.config.gradient_accumulation_steps)]
         counts = [count_targets(batch) for batch in batches]
         targets = sum(counts)
         if targets == 0:
             raise DataError(f"Training step {self.step + 1} has no token to predict; check labels and cu_seqlens.")
-        learning_rate = learning_rate_at(self.step, self.config)
+        learning_rate = learning_rate_at(self.step, self.config) * self.learning_rate_factor
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -195,17 +212,25 @@ class Trainer:
             if count == 0:
                 continue
             on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            with self._autocast():
-                # A batch's loss is the mean over its own targets; weighted so, the sum is the mean over all.
-                part = self.model(**on_device).loss * (count / targets)
+            try:
+                with self._autocast():
+                    # A batch's loss is the mean over its own targets; weighted so, the sum is the mean over all.
+                    part = self.model(**on_device).loss * (count / targets)
+            except DomainError as error:
+                # The operators refuse what is not finite; anything else that is wrong with a batch is no instability.
+                where = self._first_nonfinite([batch])
+                if where is None:
+                    raise
+                raise self._unstable("the forward pass broke off", where) from error
             self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss_value, norm_value = torch.stack([loss, norm.double()]).tolist()
-        self._check_finite(loss_value, norm_value)
+        self._check_finite(loss_value, norm_value, batches)
         if math.isfinite(norm_value):
+            self._call("on_gradients", loss_value, norm_value)
             if self.config.gradient_clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip_norm, norm)
             self.scaler.step(self.optimizer)
@@ -223,8 +248,8 @@ class Trainer:
         except StopIteration:
             raise DataError(f"The training data ended before step {self.step + 1} of {self.config.steps}.") from None
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        """Raise `DomainError` unless loss and gradients are finite.
+    def _check_finite(self, loss: float, norm: float, batches: list[dict[str, Tensor]]) -> None:
+        """Raise `InstabilityError` unless loss and gradients are finite.
 
         Under float16 a gradient that overflows is how the scaler learns its scale: that step changes nothing, is
         counted in the metrics as `overflow_steps`, and is an error once the scale has nothing left to give.
@@ -235,17 +260,15 @@ class Trainer:
             self._overflows += 1
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
-        parameters = list(self.model.named_parameters())
-        where = "every parameter and gradient is finite, so a sum over them overflowed"
-        for kind, tensors in (
-            ("value", [(name, p) for name, p in parameters]),
-            ("gradient", [(name, p.grad) for name, p in parameters if p.grad is not None]),
-        ):
-            bad = next((name for name, tensor in tensors if not torch.isfinite(tensor).all()), None)
-            if bad is not None:
-                where = f"the first parameter whose {kind} is not finite is {bad}"
-                break
-        raise DomainError(
+        where = self._first_nonfinite(batches)
+        raise self._unstable(what, where or "every parameter, output and gradient is finite, so a sum overflowed")
+
+    def _first_nonfinite(self, batches: list[dict[str, Tensor]]) -> str | None:
+        with self._autocast():
+            return first_nonfinite(self.model, batches, self.device)
+
+    def _unstable(self, what: str, where: str) -> InstabilityError:
+        return InstabilityError(
             f"Training step {self.step + 1}: {what}; {where}. Lower training.learning_rate, lengthen "
             "training.warmup_steps or use training.precision float32, and resume from the last checkpoint."
         )
@@ -257,7 +280,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             **self._interval.means(),
-            "learning_rate": learning_rate_at(self.step - 1, self.config),
+            "learning_rate": learning_rate_at(self.step - 1, self.config) * self.learning_rate_factor,
         }
         if self.scaler.is_enabled():
             row |= {"overflow_steps": self._overflows, "gradient_scale": self.scaler.get_scale()}
@@ -306,12 +329,7 @@ class Trainer:
                     f"training.steps is {self.config.steps}, but {folder} has done {state['step']} already."
                 )
             without_state = state["parameters_without_optimizer_state"]
-            self.train_loader.load_state_dict(state["data"])
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-            self._interval = _Interval(**state["interval"])
-            self._overflows, self.step, self.tokens = state["overflow_steps"], state["step"], state["tokens"]
-            restore_random_state(state["random"], self.device)
+            self.load_run_state(state)
         except ResNetBKError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -321,7 +339,21 @@ class Trainer:
         load_training_tensors(folder, self.model, self.optimizer, without_state=without_state)
         self._checkpoint = folder
 
-    def _state(self) -> dict[str, Any]:
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `run_state` returned, but for the tensors of model and optimizer."""
+        self.train_loader.load_state_dict(state["data"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self._interval = _Interval(**state["interval"])
+        self._overflows, self.step, self.tokens = state["overflow_steps"], state["step"], state["tokens"]
+        self.learning_rate_factor = state.get("learning_rate_factor", 1.0)
+        held = state.get("callbacks", {})
+        for callback in self.callbacks:
+            if type(callback).__name__ in held:
+                callback.load_state_dict(held[type(callback).__name__])
+        restore_random_state(state["random"], self.device)
+
+    def run_state(self) -> dict[str, Any]:
         """Everything besides tensors that continues the run, in plain JSON types."""
         return {
             "step": self.step,
@@ -329,6 +361,8 @@ class Trainer:
             "overflow_steps": self._overflows,
             "interval": dataclasses.asdict(self._interval),
             "data": self.train_loader.state_dict(),
+            "learning_rate_factor": self.learning_rate_factor,
+            "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
             "random": random_state(self.device),
             "scaler": self.scaler.state_dict(),
             "parameters_without_optimizer_state": parameters_without_state(self.model, self.optimizer),
