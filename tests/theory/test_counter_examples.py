@@ -1,4 +1,4 @@
-"""Statements that look true and are not (MATH.md, "Not true"): each test shows one failing."""
+"""Statements that look true and are not (docs/theory/claims, "False"): each test shows one failing."""
 
 from __future__ import annotations
 

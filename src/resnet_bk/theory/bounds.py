@@ -45,7 +45,7 @@ def herglotz_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j) -> 
 
     Theorem 1: `u_i = |m_i|^2 (eta_i + u_{i-1}) > 0`, hence the bound.
     Cost: O(n) in n steps.
-    Source: MATH.md, theorem 1.
+    Source: docs/theory/theorems, theorem 1.
     """
     m = half_line_green(detuning, absorption, lead)
     return Bound.of(m.abs(), absorption.detach().double().reciprocal())
@@ -67,7 +67,7 @@ def ward_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j) -> Boun
 
     Theorem 2: equality behind a hard wall.
     Cost: O(n^2).
-    Source: MATH.md, theorem 2.
+    Source: docs/theory/theorems, theorem 2.
     """
     m = half_line_green(detuning, absorption, lead)
     return Bound.of(green_kernel(m).abs().square() @ absorption.detach().double(), m.imag)
@@ -89,7 +89,7 @@ def absorbed_row_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j)
 
     Theorem 2: the Ward identity and `u_i <= 1 / eta_i`.
     Cost: O(n^2).
-    Source: MATH.md, theorem 2.
+    Source: docs/theory/theorems, theorem 2.
     """
     row = ward_bound(detuning, absorption, lead).value
     return Bound.of(4 * absorption.detach().double() * row, torch.full_like(row, 4))
@@ -112,7 +112,7 @@ def unitarity_defect(detuning: Tensor, absorption: Tensor) -> Tensor:
 
     Theorem 2: S is unitary.
     Cost: O(n^3).
-    Source: MATH.md, theorem 2.
+    Source: docs/theory/theorems, theorem 2.
     """
     root = checked_sites(detuning, absorption)[1].sqrt()
     resolvent = torch.linalg.inv(absorbing_jacobi(detuning, absorption))
@@ -137,7 +137,7 @@ def hardy_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j) -> Bou
 
     Theorem 2: a weighted Hardy inequality.
     Cost: O(n^3).
-    Source: MATH.md, theorem 2.
+    Source: docs/theory/theorems, theorem 2.
     """
     kernel = green_kernel(half_line_green(detuning, absorption, lead))
     root = absorption.detach().double().sqrt()
@@ -160,7 +160,7 @@ def combes_thomas_bound(detuning: Tensor, absorption: Tensor) -> Bound:
 
     Theorem 3: uniform in length and potential.
     Cost: O(n^2).
-    Source: MATH.md, theorem 3.
+    Source: docs/theory/theorems, theorem 3.
     """
     value = green_kernel(half_line_green(detuning, absorption)).abs()
     least = float(absorption.detach().double().min())
@@ -183,7 +183,7 @@ def row_sum_bound(detuning: Tensor, absorption: Tensor) -> Bound:
 
     Theorem 3: the geometric sum of `combes_thomas_bound`.
     Cost: O(n^2).
-    Source: MATH.md, theorem 3.
+    Source: docs/theory/theorems, theorem 3.
     """
     value = green_kernel(half_line_green(detuning, absorption)).abs().sum(-1)
     least = float(absorption.detach().double().min())
@@ -209,7 +209,7 @@ def block_perturbation_bound(
 
     Theorem 4: the resolvent identity.
     Cost: O(n^3).
-    Source: MATH.md, theorem 4.
+    Source: docs/theory/theorems, theorem 4.
     """
     bound = _perturbation(detuning, absorption, other_detuning, other_absorption)
     first = torch.linalg.inv(absorbing_jacobi(detuning, absorption))
@@ -237,7 +237,7 @@ def causal_perturbation_bound(
     Theorem 4: row i of L is a row of the i-th leading block's resolvent.
     Not claimed: the same constant for the operator norm of L (ratios to 1.95 occur).
     Cost: O(n^2).
-    Source: MATH.md, theorem 4.
+    Source: docs/theory/theorems, theorem 4.
     """
     bound = _perturbation(detuning, absorption, other_detuning, other_absorption)
     first = green_kernel(half_line_green(detuning, absorption))

@@ -29,7 +29,7 @@ def gradient_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j) -> 
 
     Theorem 7: `dm_i / d alpha_j = -m_i^2 ... m_j^2 = -G_ij^2`, so this is the Ward identity.
     Cost: O(n^2).
-    Source: MATH.md, theorem 7.
+    Source: docs/theory/theorems, theorem 7.
     """
     m = half_line_green(detuning, absorption, lead)
     derivative = -green_kernel(m).square()
@@ -54,7 +54,7 @@ def flux_kernel(detuning: Tensor, absorption: Tensor, lead: complex = 0j) -> Ten
 
     Theorem 8: every row has l2 norm 1, and `a_i = |m_i| sqrt(u_{i-1} / u_i)`.
     Cost: O(n^2).
-    Source: MATH.md, theorem 8.
+    Source: docs/theory/theorems, theorem 8.
     """
     u = half_line_green(detuning, absorption, lead).imag
     before = torch.cat([u.new_tensor([checked_lead(lead).imag]), u[:-1]])
@@ -87,7 +87,7 @@ def transmission_bound(detuning: Tensor, absorption: Tensor, lead: complex = 0j)
     Theorem 8: it is `|G_{i,j+1}|`, and one term of the Ward identity is at most `u_i <= 1 / eta_i`.
     Not claimed: a transmission at most 1; adversarial potentials attain 1e4 at eta 1e-4.
     Cost: O(n^2).
-    Source: MATH.md, theorem 8.
+    Source: docs/theory/theorems, theorem 8.
     """
     value = green_kernel(half_line_green(detuning, absorption, lead)).abs()
     root = absorption.detach().double().rsqrt()

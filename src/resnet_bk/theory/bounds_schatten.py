@@ -31,7 +31,7 @@ def hilbert_schmidt_bound(potential: Tensor, absorption: Tensor, energy: float =
 
     Theorem 13: `sum_j eta_j |R_ij|^2 = Im R_ii` and `2 |V_i V_j| <= V_i^2 + V_j^2`. Any real V.
     Cost: O(n^3).
-    Source: MATH.md, theorem 13.
+    Source: docs/theory/theorems, theorem 13.
     """
     potential, absorption, resolvent = _free_resolvent(potential, absorption, energy)
     value = torch.linalg.matrix_norm(_birman_schwinger(potential, resolvent))
@@ -56,7 +56,7 @@ def trace_class_bound(potential: Tensor, absorption: Tensor, energy: float = 0.0
     Theorem 13: Hoelder with `||R|| <= 1 / eta`. Any real V, on the lattice.
     Not claimed: the continuum form with 1/2 in front, which fails off the imaginary axis.
     Cost: O(n^3).
-    Source: MATH.md, theorem 13.
+    Source: docs/theory/theorems, theorem 13.
     """
     potential, absorption, resolvent = _free_resolvent(potential, absorption, energy)
     value = torch.linalg.matrix_norm(_birman_schwinger(potential, resolvent), ord="nuc")

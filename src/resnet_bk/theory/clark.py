@@ -54,7 +54,7 @@ def green_on_grid(potential: Tensor, energies: Tensor, absorption: Tensor) -> Te
         DomainError: a value is not finite, or some absorption is not positive.
 
     Cost: O(sites * points) work a line in `sites` sequential steps; with gradients as much memory.
-    Source: MATH.md (1).
+    Source: docs/mathematics, "The operator".
     """
     potential, energies, absorption = _checked(potential, energies, absorption)
     m = torch.zeros(*potential.shape[:-1], len(energies), dtype=torch.complex128, device=potential.device)
@@ -81,7 +81,7 @@ def rank_one_family(m: Tensor, coupling: Tensor | float) -> Tensor:
     Theorem (Aronszajn-Donoghue): `m_a` is the Green function of `H + a e_n e_n*`.
     Theorem (Aleksandrov): the average over all a is Lebesgue's measure, `Integral Im m_a da = pi` for every m.
     Cost: O(1) an element.
-    Source: MATH.md, section 4; 1 / m_a = 1 / m + a.
+    Source: docs/theory/claims; 1 / m_a = 1 / m + a.
     """
     if not m.is_complex():
         raise ShapeError(f"m has dtype {m.dtype}; expected complex: pass a Green function")
@@ -124,7 +124,7 @@ def clark_measure(
         rule errs by O(e^{-2 pi eta / spacing}), eta the least absorption.
     Checked numerically: the mass is within 8e-6 of 1 for |v| and |a| up to 2, eta 0.1, L = 40, spacing 0.05.
     Cost: that of `green_on_grid`.
-    Source: MATH.md, section 4. In the tail m(E) = 1 / (c - E) with c constant to leading order, and the integral of
+    Source: docs/theory/claims. In the tail m(E) = 1 / (c - E) with c constant to leading order, and the integral of
         Im 1 / (c - E) is that of -d arg(c - E).
     """
     potential, energies, absorption = _checked(potential, energies, absorption)
@@ -162,7 +162,7 @@ def total_mass(measure: ClarkMeasure) -> Tensor:
         float64 [...].
 
     Cost: O(points).
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     return measure.below + torch.trapezoid(measure.density, measure.energies, dim=-1) + measure.above
 
@@ -208,7 +208,7 @@ def measure_distance(first: ClarkMeasure, second: ClarkMeasure, *, scale: float 
         `|atan(v / (scale + eta)) - atan(v' / (scale + eta))| / pi`.
     Not claimed: anything about measures at different absorption, where smoothing and not spectrum decides.
     Cost: O(points).
-    Source: optimal transport on a line; MATH.md, section 4.
+    Source: optimal transport on a line; docs/theory/claims.
     """
     if not (math.isfinite(scale) and scale > 0):
         raise DomainError(f"scale is {scale}; expected finite and > 0: take 2, half the width of the free band")

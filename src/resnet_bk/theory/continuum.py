@@ -78,7 +78,7 @@ def prime_bump_grid(sites: int, epsilon: float, *, width: float = 0.0) -> Grid:
 
     Heuristic: an offer for a positional potential, always next to its controls; nothing about zeta follows.
     Cost: as `prime_bump_potential`.
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     if sites < 2:
         raise DomainError(f"sites is {sites}; expected >= 2, so that the cells around log n have a width")
@@ -102,7 +102,7 @@ def continuum_birman_schwinger(grid: Grid, z: complex) -> Tensor:
         DomainError: a value is not finite, positions do not increase, a weight is not positive, or Im z <= 0.
 
     Cost: O(n^2).
-    Source: MATH.md, theorem 13.
+    Source: docs/theory/theorems, theorem 13.
     """
     grid, z = _checked_grid(grid), _checked_parameter(z)
     distance = (grid.positions[:, None] - grid.positions[None, :]).abs()
@@ -132,7 +132,7 @@ def log_continuum_determinant(grid: Grid, z: complex) -> Tensor:
     Theorem: `Im P_a > 0` and `S_a != 0`, so `det(I + K) != 0` for every real V: R has positive imaginary part,
         `Im z (p^2 + |z|^2) / |p^2 - z^2|^2` in momentum space, hence on every grid.
     Cost: O(n) work in n sequential steps.
-    Source: the kernel is semiseparable; MATH.md, theorems 9 and 13.
+    Source: the kernel is semiseparable; docs/theory/theorems, theorems 9 and 13.
     """
     grid, z = _checked_grid(grid), _checked_parameter(z)
     step = 2j * z * grid.positions.diff().to(torch.complex128)
@@ -180,7 +180,7 @@ def log_continuum_regularised_determinant(grid: Grid, z: complex) -> Tensor:
 
     Not claimed: relative accuracy for a tiny potential, where two rounded terms cancel.
     Cost: O(n) work in n sequential steps.
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     return log_continuum_determinant(grid, z) - continuum_trace(grid)
 
@@ -202,7 +202,7 @@ def continuum_hilbert_schmidt_bound(grid: Grid, z: complex) -> Bound:
 
     Theorem 13: `2 |V_a V_b| <= V_a^2 + V_b^2`. On a fine grid it is `(1/2) (Im z)^{-1/2} ||V||_{L2}`.
     Cost: O(n) work in 4 n sequential steps.
-    Source: MATH.md, theorem 13.
+    Source: docs/theory/theorems, theorem 13.
     """
     grid, z = _checked_grid(grid), _checked_parameter(z)
     factor = (-2 * z.imag * grid.positions.diff()).exp()

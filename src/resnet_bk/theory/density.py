@@ -27,7 +27,7 @@ def density_of_states(potential: Tensor, energies: Tensor, absorption: Tensor) -
 
     Theorem: total mass 1; the tails beyond +-L hold about `2 mean(eta) / (pi L)`.
     Cost: O(n points) work in 2 n points sequential steps.
-    Source: MATH.md (4).
+    Source: docs/mathematics, "The operator".
     """
     potential, absorption, grid = _checked_grid(potential, energies, absorption)
     density = [full_green_diagonal(potential - energy, absorption).imag.mean().item() for energy in grid]
@@ -51,7 +51,7 @@ def surface_density_of_states(potential: Tensor, energies: Tensor, absorption: T
 
     Theorem: total mass 1; the tails beyond +-L hold about `2 eta_n / (pi L)`.
     Cost: O(n points) work in n points sequential steps.
-    Source: MATH.md (1).
+    Source: docs/mathematics, "The operator".
     """
     potential, absorption, grid = _checked_grid(potential, energies, absorption)
     density = [half_line_green(potential - energy, absorption)[-1].imag.item() for energy in grid]

@@ -43,7 +43,7 @@ def blended_full_diagonal(
     Theorem: with the defaults the gradient is exact: `dG_ii / d alpha_j = -G_ij^2` for all j. First derivatives only.
     Heuristic: everything else. Measured: gradient-study rows of the ledger.
     Cost: O(batch * sites * heads) work in 2 sites sequential steps, forward and backward.
-    Source: MATH.md (4) and theorem 7.
+    Source: docs/mathematics, "The operator", and docs/theory/theorems, theorem 7.
     """
     if base not in get_args(GradientBase):
         raise DomainError(f"base is {base!r}; expected one of {get_args(GradientBase)}: choose one of them")

@@ -34,7 +34,7 @@ def absorbing_jacobi(detuning: Tensor, absorption: Tensor) -> Tensor:
         DomainError: a value is not finite, or some absorption is not positive.
 
     Cost: O(n^2) memory; the dense twin of the sweeps, for small n.
-    Source: MATH.md, section 1.
+    Source: docs/mathematics, "The operator".
     """
     detuning, absorption = checked_sites(detuning, absorption)
     matrix = torch.diag(torch.complex(detuning, -absorption))
@@ -61,7 +61,7 @@ def half_line_green(detuning: Tensor, absorption: Tensor, lead: complex = 0j) ->
 
     Theorem 1: `Im m_i = |m_i|^2 (eta_i + Im m_{i-1}) > 0` and `|m_i| <= 1 / eta_i`.
     Cost: O(n) work in n sequential steps.
-    Source: Schur complement; MATH.md (1).
+    Source: Schur complement; docs/mathematics, "The operator".
     """
     detuning, absorption = checked_sites(detuning, absorption)
     m = _sweep(torch.complex(detuning, -absorption).tolist(), checked_lead(lead))
@@ -85,7 +85,7 @@ def green_kernel(m: Tensor) -> Tensor:
 
     Theorem 2 (hard wall): `sum_{j<=i} eta_j |G_ij|^2 = Im m_i`.
     Cost: O(n^2).
-    Source: MATH.md (2).
+    Source: docs/mathematics, "The operator".
     """
     if m.ndim != 1 or len(m) == 0 or not m.is_complex():
         raise ShapeError(f"m is {m.dtype} {list(m.shape)}; expected complex [n], n >= 1: pass half_line_green's result")
@@ -116,7 +116,7 @@ def full_green_diagonal(detuning: Tensor, absorption: Tensor) -> Tensor:
         DomainError: a value is not finite, or some absorption is not positive.
 
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md (4).
+    Source: docs/mathematics, "The operator".
     """
     detuning, absorption = checked_sites(detuning, absorption)
     alpha = torch.complex(detuning, -absorption).tolist()
@@ -146,7 +146,7 @@ def free_root(detuning: Tensor, absorption: Tensor) -> Tensor:
 
     Theorem 5: `|m| < 1` (to rounding, where the exact 1 - |m| is below it); at detuning 0, `|m| = e^{-asinh(eta/2)}`.
     Cost: O(1) per element.
-    Source: MATH.md, theorem 5.
+    Source: docs/theory/theorems, theorem 5.
     """
     _check_pair(detuning, absorption, "detuning")
     half = torch.complex(detuning.detach().double(), -absorption.detach().double()) / 2

@@ -108,7 +108,7 @@ def keep_modes(modes: KoopmanModes, before: Tensor, after: Tensor, threshold: fl
 
     Not claimed: a residual of the size of the threshold. It may be larger by the condition of the modes.
     Cost: O(samples * dimension * rank).
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     before, after = _checked_pair(before, after)
     if before.shape[1] != modes.modes.shape[0]:
@@ -160,7 +160,7 @@ def truncate_spectrum(matrix: Tensor, threshold: float) -> SpectralTruncation:
     Theorem: `||W - W_r|| <= cond(V) max |dropped lambda|`, equal to the largest one dropped if W is normal.
     Not claimed: an error of the size of the threshold: [[1, 100], [0, 0.01]] without its eigenvalue 0.01 errs by 1.
     Cost: O(dimension^3).
-    Source: submultiplicativity; MATH.md, section 4.
+    Source: submultiplicativity; docs/theory/claims.
     """
     matrix = checked_matrix("matrix", matrix)
     if matrix.shape[0] != matrix.shape[1]:

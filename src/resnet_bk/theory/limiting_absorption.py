@@ -34,7 +34,7 @@ def line_resolvent(potential: Tensor, energy: float, absorption: float) -> Tenso
     Theorem: exact: either half line outside enters through its own Green function, the free root. `Im` of it is
         positive definite and its norm at most 1 / eta.
     Cost: O(sites^3).
-    Source: Schur complement; MATH.md, theorem 5.
+    Source: Schur complement; docs/theory/theorems, theorem 5.
     """
     if potential.ndim != 1 or len(potential) == 0 or not potential.is_floating_point():
         raise ShapeError(f"potential is {potential.dtype} {list(potential.shape)}; expected a real vector [sites]")
@@ -74,7 +74,7 @@ def weighted_norm(potential: Tensor, energy: float, absorption: float, *, expone
     Not claimed: one bound for all potentials. A site between two barriers b holds a level near -2 / b for a time of
         order b^2, and the norm there is about b^2 / 2.
     Cost: O(sites^3).
-    Source: MATH.md, theorem 12.
+    Source: docs/theory/theorems, theorem 12.
     """
     if not abs(energy) < 2:
         raise DomainError(
@@ -104,7 +104,7 @@ def absorption_curve(potential: Tensor, energy: float, absorptions: Tensor, *, e
         ShapeError, DomainError: as `weighted_norm`.
 
     Cost: O(points * sites^3).
-    Source: MATH.md, theorem 12.
+    Source: docs/theory/theorems, theorem 12.
     """
     if absorptions.ndim != 1 or len(absorptions) == 0:
         raise ShapeError(f"absorptions has shape {list(absorptions.shape)}; expected [points], at least one")

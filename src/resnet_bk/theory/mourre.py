@@ -24,7 +24,7 @@ def free_hamiltonian(sites: int) -> Tensor:
         DomainError: fewer than 2 sites.
 
     Cost: O(sites^2) memory.
-    Source: MATH.md, section 1.
+    Source: docs/mathematics, "The operator".
     """
     _check_sites(sites)
     hopping = torch.ones(sites - 1, dtype=torch.float64)
@@ -46,7 +46,7 @@ def conjugate_operator(sites: int) -> Tensor:
         DomainError: fewer than 2 sites.
 
     Cost: O(sites^2) memory.
-    Source: MATH.md, theorem 11.
+    Source: docs/theory/theorems, theorem 11.
     """
     _check_sites(sites)
     position = _positions(sites)
@@ -73,7 +73,7 @@ def lattice_commutator(sites: int) -> Tensor:
     Not claimed: positivity on spectral subspaces of a block. Every eigenvector of the block has expectation zero
         (virial theorem); see `mourre_estimate` for what holds.
     Cost: O(sites^3).
-    Source: MATH.md, theorem 11.
+    Source: docs/theory/theorems, theorem 11.
     """
     hamiltonian = free_hamiltonian(sites)
     generator = conjugate_operator(sites).imag  # A = i * generator, so i [H_0, A] = -[H_0, generator]
@@ -93,7 +93,7 @@ def mourre_constant(low: float, high: float) -> float:
     Raises:
         DomainError: the window is empty, not finite or touches a band edge, where no positive constant exists.
 
-    Source: MATH.md, theorem 11.
+    Source: docs/theory/theorems, theorem 11.
     """
     if not -2 < low <= high < 2:
         raise DomainError(
@@ -124,7 +124,7 @@ def mourre_estimate(state: Tensor, low: float, high: float) -> tuple[Tensor, Ten
     Theorem: the first is at least the second, since away from the corners the commutator is `4 - H_0^2 >= 0` and that
         commutes with P.
     Cost: O(sites^3).
-    Source: MATH.md, theorem 11.
+    Source: docs/theory/theorems, theorem 11.
     """
     theta = mourre_constant(low, high)
     if state.ndim != 1 or state.shape[0] < 3:
@@ -163,7 +163,8 @@ def weighted_resolvent_norm(energy: float, absorption: float, *, exponent: float
     Checked numerically: it grows without bound as |E| -> 2 (s = 1).
     Measured: E = 0.5, s = 1: 1.02, 1.15, 1.18 at eta = 1e-1, 1e-2, 1e-3.
     Cost: O(sites^3).
-    Source: MATH.md, theorem 12; closed form `R_jk = (-m)^|j-k| / (alpha - 2 m)` with m the free root, theorem 5.
+    Source: docs/theory/theorems, theorem 12; closed form `R_jk = (-m)^|j-k| / (alpha - 2 m)` with m the free root,
+        theorem 5.
     """
     _check_sites(sites)
     if not abs(energy) < 2:

@@ -181,7 +181,7 @@ def control_potential(potential: Tensor, kind: ControlKind, *, generator: torch.
 
     Theorem: "random" and "shuffled" have the l2 norm of `potential`; "shuffled" has its whole distribution of values.
     Cost: O(sites).
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     _check_potential(potential)
     if kind == "none":

@@ -117,7 +117,7 @@ def hilbert_schmidt_norm(
 
     Theorem: `R_ij = (-1)^{i-j} R_ii m_{i-1} ... m_j` for j < i, and `R_ii = 1 / (1/m_i - mR_{i+1})`.
     Cost: O(n) work in 3 n sequential steps. The dense twin is the value of `hilbert_schmidt_bound`.
-    Source: MATH.md (2) and (4).
+    Source: docs/mathematics, "The operator".
     """
     potential, free, absorption, lead = checked_block(potential, energy, absorption, lead)
     detuning = potential + free if perturbed else free
@@ -165,7 +165,7 @@ def condition_estimate(
     Theorem: `Gamma^{1/2} R Gamma^{1/2}` is a contraction, which gives the second term; I + K is always invertible.
     Not claimed: how near the estimate is; more steps bring it up.
     Cost: O(n steps).
-    Source: MATH.md, theorem 2; power iteration.
+    Source: docs/theory/theorems, theorem 2; power iteration.
     """
     potential, _, absorption, lead = checked_block(potential, energy, absorption, lead)
     if steps < 1:
@@ -241,7 +241,7 @@ def half_line_green_within(detuning: Tensor, absorption: Tensor, *, budget: floa
 
     Theorem: resolvent identity and Ward's, `sum_j eta_j |G_ij|^2 <= Im m_i`, for both media.
     Cost: O(n) work in n sequential steps for either precision.
-    Source: MATH.md, theorems 1, 2 and 4; backward error analysis.
+    Source: docs/theory/theorems, theorems 1, 2 and 4; backward error analysis.
     """
     detuning, absorption = checked_sites(detuning, absorption)
     lead = checked_lead(lead)

@@ -35,7 +35,7 @@ def birman_schwinger(potential: Tensor, energy: float, absorption: Tensor, lead:
 
     Theorem 9: `det(I + K)` is the perturbation determinant, never 0 at a real energy.
     Cost: O(n^3).
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     potential, free, absorption, lead = _checked(potential, energy, absorption, lead)
     matrix = absorbing_jacobi(free, absorption)
@@ -65,7 +65,7 @@ def log_perturbation_determinant(potential: Tensor, energy: float, absorption: T
 
     Theorem 9. Every logarithm is the principal one: both arguments lie in (0, pi), so no branch is crossed.
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     free_green, green = _both_sweeps(potential, energy, absorption, lead)
     return (free_green.log() - green.log()).cumsum(0)
@@ -90,7 +90,7 @@ def perturbation_determinant(potential: Tensor, energy: float, absorption: Tenso
 
     Theorem 9.
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     free_green, green = _both_sweeps(potential, energy, absorption, lead)
     determinant = (free_green / green).cumprod(0)
@@ -118,7 +118,7 @@ def dense_log_determinant(operator: Tensor) -> Tensor:
         DomainError: K holds a value that is not finite.
 
     Cost: O(n^3).
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     shape = list(operator.shape)
     if operator.ndim != 2 or shape[0] != shape[1] or shape[0] == 0 or not operator.is_complex():
@@ -152,7 +152,7 @@ def birman_schwinger_trace(potential: Tensor, energy: float, absorption: Tensor,
 
     Theorem 9. Not the running sum of the diagonal of the whole block's K, which depends on later sites.
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     potential, free, absorption, lead = _checked(potential, energy, absorption, lead)
     trace, d, traces = 0j, 0j, []
@@ -182,7 +182,7 @@ def log_regularised_determinant(potential: Tensor, energy: float, absorption: Te
     Theorem 9.
     Not claimed: relative accuracy for a tiny potential, where two rounded terms cancel.
     Cost: O(n) work in 3 n sequential steps.
-    Source: MATH.md, theorem 9.
+    Source: docs/theory/theorems, theorem 9.
     """
     log_determinant = log_perturbation_determinant(potential, energy, absorption, lead)
     return log_determinant - birman_schwinger_trace(potential, energy, absorption, lead)
@@ -207,7 +207,7 @@ def scattering_phase(potential: Tensor, energy: float, absorption: Tensor, lead:
     Theorem 10: phi lies in (-pi, pi) without unwrapping, because both arguments lie in (0, pi).
     Not claimed: phi is not the argument of the full diagonal `G_ii`.
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md, theorem 10.
+    Source: docs/theory/theorems, theorem 10.
     """
     free_green, green = _both_sweeps(potential, energy, absorption, lead)
     return free_green.angle() - green.angle()
@@ -232,7 +232,7 @@ def spectral_shift(potential: Tensor, energy: float, absorption: Tensor, lead: c
 
     Theorem 10.
     Cost: O(n) work in 2 n sequential steps.
-    Source: MATH.md, theorem 10.
+    Source: docs/theory/theorems, theorem 10.
     """
     return scattering_phase(potential, energy, absorption, lead).cumsum(0) / math.pi
 
@@ -256,7 +256,7 @@ def scattering_matrix(potential: Tensor, energy: float, absorption: Tensor) -> T
 
     Theorem 2: S is unitary. Birman-Krein: `det S = e^{-2 pi i xi_n} det S_0` with xi the spectral shift.
     Cost: O(n^3).
-    Source: MATH.md, theorem 2.
+    Source: docs/theory/theorems, theorem 2.
     """
     potential, free, absorption, _ = _checked(potential, energy, absorption, 0j)
     coupling = torch.diag(absorption.sqrt()).to(torch.complex128)

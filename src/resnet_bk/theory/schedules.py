@@ -51,7 +51,7 @@ def epsilon_at(progress: float, *, start: float = 1.0, end: float = 0.25, shape:
             geometric schedule to or from 0.
 
     Heuristic: that sharpening the potential slowly helps. Nothing here measures that it does.
-    Source: continuation in the exponent; MATH.md, section 4.
+    Source: continuation in the exponent; docs/theory/claims.
     """
     if not 0 <= progress <= 1:
         raise DomainError(f"progress is {progress}; expected a share of the run in [0, 1]: divide step by steps")

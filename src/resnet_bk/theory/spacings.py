@@ -50,7 +50,7 @@ def windowed_levels(
         DomainError: a parameter out of range, or a window without a bump, which cannot be scaled.
 
     Cost: O(windows * sites^3).
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     if kind not in ("prime-bump", *CONTROLS):
         raise DomainError(f"kind is {kind!r}; expected one of {('prime-bump', *CONTROLS)}")
@@ -110,7 +110,7 @@ def compare_spacings(
     Not claimed: the statistics of the zeros of zeta (0.60) for any of these. A Jacobi matrix with a disordered diagonal
         localises, and its levels become independent.
     Cost: O(windows * sites^3).
-    Source: MATH.md, section 4.
+    Source: docs/theory/claims.
     """
     result = {}
     for kind in ("prime-bump", *CONTROLS):

@@ -73,7 +73,7 @@ def schatten_bound(potential: Tensor, absorption: Tensor, order: float = 2.0) ->
     Theorem: `Gamma^{1/2} R Gamma^{1/2}` is a contraction (with or without potential and lead), and Hoelder's inequality
         for the two factors `|v / eta|^{1/2}`.
     Cost: O(batch * time * heads).
-    Source: MATH.md, theorems 2 and 13.
+    Source: docs/theory/theorems, theorems 2 and 13.
     """
     _check_medium(potential, absorption)
     if not order >= 1:
@@ -98,7 +98,7 @@ def medium_report(potential: Tensor, absorption: Tensor, real: Tensor, imag: Ten
 
     Theorem 1: `Im m > 0` and `|m| eta <= 1`; eight roundings are granted.
     Cost: O(batch * time * heads).
-    Source: MATH.md, theorem 1.
+    Source: docs/theory/theorems, theorem 1.
     """
     parts = {"potential": potential, "absorption": absorption, "real": real, "imag": imag}
     for name, part in parts.items():

@@ -57,7 +57,7 @@ def mixer_core(
         BackendError: the kernels disagree with their reference on first use.
 
     Cost: that of its three parts; the gradient of the projection is written once.
-    Source: MATH section 3; the parts' DERIVATION.md.
+    Source: docs/mathematics, "The mixer"; the parts' DERIVATION.md.
     """
     batch, time, _ = projection.shape
     heads, state = parameters.query_bias.shape

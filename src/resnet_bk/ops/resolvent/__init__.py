@@ -167,7 +167,7 @@ def flux_gates(
 
     Theorem: with weights b, rows of the kernel prod_{k=j+1..t} a_k b_j have unit l2 norm, for every input.
     Numerics: float32; the carry over chunks in float64 (DERIVATION.md).
-    Source: MATH theorems 1, 5, 6 and 8.
+    Source: docs/theory/theorems, theorems 1, 5, 6 and 8.
     """
     dtype = compute_dtype(potential, absorption)
     chosen = choose_backend(backend, absorption if absorption.dtype == dtype else potential)
@@ -279,7 +279,7 @@ def full_resolvent_diagonal(
 
     Theorem: Im G_ii > 0 and |G_ii| <= 1 / min absorption.
     Cost: two causal sweeps.
-    Source: MATH (4); DERIVATION.md.
+    Source: docs/mathematics, "The operator"; DERIVATION.md.
     """
     (left_real, left_imag), _ = causal_resolvent(detuning, absorption, backend=backend)
     (right_real, right_imag), _ = causal_resolvent(detuning.flip(1), absorption.flip(1), backend=backend)

@@ -22,7 +22,8 @@ def semiclassical_root(
         log|m| < 0 and arg m in (0, pi), in the inputs' precision.
 
     Theorem: |m| < 1; at detuning 0, log|m| = -asinh(absorption / 2).
-    Source: MATH theorem 5; Kahan's arccosh, whose square roots are taken without cancellation (detuning 1e4 is exact).
+    Source: docs/theory/theorems, theorem 5; Kahan's arccosh, whose square roots are taken without
+        cancellation (detuning 1e4 is exact).
     """
     below = _principal_root(detuning / 2 - 1, absorption / 2)
     above = _principal_root(detuning / 2 + 1, absorption / 2)
@@ -71,7 +72,7 @@ def flux_gate(
         log a_t <= 0 and b_t in [0, 1]. Where u_{t-1} = 0 (a hard wall; nothing lies behind it) log a is 0 and b is 1.
 
     Theorem: rows of the kernel prod_{k=j+1..t} a_k b_j have unit l2 norm, for every input.
-    Source: MATH theorem 8: a_t^2 = u_{t-1} / (u_{t-1} + absorption_t).
+    Source: docs/theory/theorems, theorem 8: a_t^2 = u_{t-1} / (u_{t-1} + absorption_t).
     """
     wall = previous_imag == 0
     log_decay = -0.5 * torch.log1p(absorption / torch.where(wall, torch.inf, previous_imag))
@@ -93,6 +94,6 @@ def scattering_phase(m: tuple[Tensor, Tensor], free: tuple[Tensor, Tensor]) -> F
     """Scattering phase arg m0 - arg m per site, in (-pi, pi), of m against the potential-free `free` = m0.
 
     Both are pairs (real, imaginary part) with positive imaginary part, so no unwrapping is needed.
-    Source: MATH theorem 10.
+    Source: docs/theory/theorems, theorem 10.
     """
     return torch.atan2(free[1], free[0]) - torch.atan2(m[1], m[0])
