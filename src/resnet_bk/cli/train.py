@@ -17,5 +17,7 @@ def run(arguments: Sequence[str]) -> int:
 
     result = train_run(config)
     done = result.training
-    print(f"Step {done.step}, {done.tokens:,} tokens read.\nLoss curve: {result.loss_curve}\nModel: {done.checkpoint}")
+    if result.is_main:
+        print(f"Step {done.step}, {done.tokens:,} tokens read.")
+        print(f"Loss curve: {result.loss_curve}\nModel: {done.checkpoint}")
     return 0

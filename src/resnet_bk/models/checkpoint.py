@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,8 +145,18 @@ def load_pretrained(
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_weights(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """Copy the weights stored in a model folder into `model`, in place, keeping its device and data type.
+
+    Args:
+        model: of the folder's configuration.
+        folder: a model folder or hub name.
+        place: what to copy, for a stored tensor and the one it goes to; for a model spread over ranks.
 
     Raises:
         CheckpointError: as `load_pretrained`; nothing is changed unless every tensor fits.
@@ -155,7 +166,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     check_weights(model, stored, folder, _stored_dtype(read_json(folder / CONFIG_FILE)))
     state = model.state_dict()
     for name, tensor in read_tensors(stored):
-        state[name].copy_(tensor)
+        state[name].copy_(tensor if place is None else place(tensor, state[name]))
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:

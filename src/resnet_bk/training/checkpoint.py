@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from resnet_bk.errors import CheckpointError
 from resnet_bk.models.checkpoint import force_to_disk, load_weights
+from resnet_bk.training.distributed import spread_like
 from resnet_bk.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -65,16 +67,20 @@ def save_training_checkpoint(
     Raises:
         CheckpointError: the disk refused; no folder of the final name exists.
     """
+    return write_training_checkpoint(output_dir, model, optimizer_tensors(model, optimizer), state, keep=keep)
+
+
+def write_training_checkpoint(
+    output_dir: str | Path, model: Any, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> Path:
+    """As `save_training_checkpoint`, of the optimizer's state as `optimizer_tensors` returned it, for one rank."""
     output_dir = Path(output_dir)
     final = output_dir / f"step-{state['step']:06d}"
     temporary = output_dir / f"{final.name}{_PARTIAL}"
     try:
         _remove_partial(output_dir)
         model.save_pretrained(temporary)
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()
-        }
-        save_file(tensors, temporary / OPTIMIZER_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / OPTIMIZER_FILE)
         with_format = {"format": FORMAT, **state}
         (temporary / STATE_FILE).write_text(json.dumps(with_format, allow_nan=False), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
@@ -134,7 +140,7 @@ def load_training_tensors(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); use an older checkpoint.") from None
     load_optimizer_tensors(model, optimizer, tensors, without_state=without_state, file=str(path))
-    load_weights(model, folder)
+    load_weights(model, folder, place=spread_like)
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any], folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""`TrainingConfig` and `RunConfig`: everything a training run needs, in one typed object."""
+"""`TrainingConfig`, `DistributedConfig` and `RunConfig`: everything a training run needs, in one typed object."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TrainingConfig:
     sequence_length: int = 1024
     """Tokens per training sequence."""
     batch_size: int = 8
-    """Sequences per forward pass."""
+    """Sequences per forward pass. Ranks share the batches of a step; more ranks do not make it larger."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step; tokens per step = sequence_length * batch_size * this."""
     learning_rate: float = 2e-3
@@ -100,9 +100,48 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes that `torchrun` starts share one run. One process alone ignores all but `strategy: fsdp`."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every rank holds the whole model. fsdp: parameters, gradients and optimizer state are split over them."""
+    reshard_after_forward: bool = True
+    """fsdp: drop the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """fsdp: dtype in which parameters travel and are used; bfloat16 halves the traffic and rounds all of them."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """fsdp: dtype in which gradients are summed over the ranks."""
+    cpu_offload: bool = False
+    """fsdp: keep parameters, gradients and optimizer state in the processor's memory."""
+    timeout_seconds: int = 1800
+    """How long a rank waits for the others before the run fails."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        if self.strategy not in ("ddp", "fsdp"):
+            raise ConfigError(f"distributed.strategy is {self.strategy!r}; expected ddp or fsdp.")
+        for name in ("gather_dtype", "reduce_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ConfigError(f"distributed.{name} is {getattr(self, name)!r}; expected float32 or bfloat16.")
+        if self.timeout_seconds < 1:
+            raise ConfigError(f"distributed.timeout_seconds is {self.timeout_seconds}; expected a whole number >= 1.")
+        for name, default in (
+            ("reshard_after_forward", True),
+            ("gather_dtype", "float32"),
+            ("reduce_dtype", "float32"),
+            ("cpu_offload", False),
+        ):
+            if self.strategy == "ddp" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"distributed.{name} is {getattr(self, name)!r}, which only distributed.strategy fsdp knows."
+                )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run: what is trained, on what, and how."""
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

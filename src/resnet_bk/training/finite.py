@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.errors import DomainError
+from resnet_bk.training.distributed import whole
 from resnet_bk.training.random_state import random_state, restore_random_state
 
 
@@ -19,7 +20,8 @@ def first_nonfinite(model: Any, batches: list[dict[str, Tensor]], device: torch.
     nothing. Backward passes through the modules from last to first, so of several gradients the last is named.
 
     Args:
-        model: in the state in which the step failed, its gradients not yet cleared.
+        model: in the state in which the step failed, its gradients not yet cleared. Where its parameters are spread
+            over ranks every rank must call.
         batches: arguments of the model, those of the failed step.
         device: of the model.
 
@@ -28,10 +30,10 @@ def first_nonfinite(model: Any, batches: list[dict[str, Tensor]], device: torch.
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             return f"the first parameter whose value is not finite is {name}"
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     module = _first_output(model, batches, device)
     if module is not None:
         return f"every parameter is finite, and the first module whose output is not finite is {module}"
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     if bad:
         return f"the forward pass is finite, and the last parameter whose gradient is not finite is {bad[-1]}"
     return None
@@ -78,4 +80,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(whole(tensor)).all())

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from resnet_bk.errors import CheckpointError, ConfigError
 from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.distributed import spread_like, whole
 
 _STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: Any, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `model.parameter_groups(config.weight_decay)`; one fused kernel on a GPU.
+    """AdamW over `model.parameter_groups(config.weight_decay)`; one fused kernel where parameters are on a GPU.
 
     Raises:
         ConfigError: a parameter narrower than float32, in which small updates would be lost, or in no group or two.
@@ -35,10 +36,13 @@ def build_optimizer(model: Any, config: TrainingConfig, device: torch.device) ->
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of the optimizer as `<what>/<parameter name>`; parameters that never had a gradient have none."""
+    """State of the optimizer as `<what>/<parameter name>`; parameters that never had a gradient have none.
+
+    Where the state is spread over ranks every rank must call, and receives it whole, on the processor.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{what}/{names[id(parameter)]}": tensor
+        f"{what}/{names[id(parameter)]}": whole(tensor).detach().cpu()
         for parameter, state in optimizer.state.items()
         for what, tensor in state.items()
     }
@@ -81,7 +85,8 @@ def load_optimizer_tensors(
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         what, name = key.split("/", 1)
-        state.setdefault(numbers[id(parameters[name])], {})[what] = tensor
+        mine = tensor if what == "step" else spread_like(tensor, parameters[name])
+        state.setdefault(numbers[id(parameters[name])], {})[what] = mine
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from resnet_bk.data.loader import TokenLoader
 from resnet_bk.data.prepare import PreparedCorpus, prepare_corpus
@@ -15,8 +16,7 @@ from resnet_bk.evaluation.plots import plot_loss_curve
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.callbacks import METRICS_FILE, Callback
 from resnet_bk.training.config import RunConfig
-from resnet_bk.training.device import resolve_device
-from resnet_bk.training.random_state import seed_everything
+from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.trainer import Trainer, TrainingResult
 
 CURVE_FILE = "loss.png"
@@ -34,6 +34,8 @@ class RunResult:
     """Bits per byte of the evaluated text; see `validation_baselines`."""
     loss_curve: Path
     """PNG of losses and baselines against tokens."""
+    is_main: bool
+    """Whether this is rank 0; where a model is sharded, the others hold one without storage."""
 
 
 def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress: bool = True) -> RunResult:
@@ -51,28 +53,34 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
     """
     training = config.training
     # A device that is not there should be known before the corpus is prepared, which may take long.
-    resolve_device(training.device)
-    corpus = prepare_corpus(config.data, config.model.vocab_size)
-    seed_everything(training.seed)
+    ranks = join_ranks(
+        training.device,
+        timeout_seconds=config.distributed.timeout_seconds,
+        alone=config.distributed.strategy == "fsdp",
+    )
+    corpus = ranks.main_first(lambda: prepare_corpus(config.data, config.model.vocab_size))
+    with torch.device("meta"):  # filled by the trainer, so that no rank need hold all of it
+        model = LanguageModel(config.model)
     trainer = Trainer(
-        LanguageModel(config.model),
+        model,
         TokenLoader(corpus.train, training.sequence_length, training.batch_size, seed=training.seed),
         training,
+        distributed=config.distributed,
         validation=corpus.validation.tokens,
         tokenizer=corpus.tokenizer,
         data_config=config.data,
         callbacks=callbacks,
         progress=progress,
     )
+    progress = progress and ranks.is_main
     baselines = validation_baselines(corpus, training.evaluation_tokens)
     if progress:
         for name, bits in baselines.items():
             print(f"baseline {name}: {bits:.4f} bits per byte of the validation text")
     result = trainer.train()
-    curve = plot_loss_curve(
-        trainer.output_dir / METRICS_FILE, trainer.output_dir / CURVE_FILE, baselines=baselines, title=config.data.name
-    )
-    return RunResult(result, trainer.model.eval(), corpus, baselines, curve)
+    metrics, curve = trainer.output_dir / METRICS_FILE, trainer.output_dir / CURVE_FILE
+    ranks.on_main(lambda: plot_loss_curve(metrics, curve, baselines=baselines, title=config.data.name))
+    return RunResult(result, trainer.engine.whole_model().eval(), corpus, baselines, curve, ranks.is_main)
 
 
 def validation_baselines(corpus: PreparedCorpus, evaluation_tokens: int) -> dict[str, float]:

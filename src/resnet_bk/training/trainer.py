@@ -1,4 +1,4 @@
-"""`Trainer`: the training loop for one process on the CPU or one GPU."""
+"""`Trainer`: the training loop of one process, or of each of the ranks that train one model together."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ from resnet_bk.training.checkpoint import (
     latest_checkpoint,
     load_training_tensors,
     read_trainer_state,
-    save_training_checkpoint,
+    write_training_checkpoint,
 )
-from resnet_bk.training.config import TrainingConfig
-from resnet_bk.training.device import resolve_device, resolve_precision
+from resnet_bk.training.config import DistributedConfig, TrainingConfig
+from resnet_bk.training.device import resolve_precision
+from resnet_bk.training.distributed import Engine, share_out
 from resnet_bk.training.finite import first_nonfinite
-from resnet_bk.training.optimizer import build_optimizer, parameters_without_state
+from resnet_bk.training.optimizer import build_optimizer, optimizer_tensors, parameters_without_state
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
+from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.schedules import learning_rate_at
 
 
@@ -63,14 +65,16 @@ class Trainer:
 
     Args:
         model: a `LanguageModel` or any module with its `forward`, `parameter_groups`, `hidden_states`, `output_weight`,
-            `config` and `save_pretrained`. Parameters are float32 and stay so; it is moved to `config.device`.
+            `config` and `save_pretrained`. Parameters are float32 and stay so; it is moved to `config.device`. If
+            they are on the meta device, they are drawn from `config.seed`, each rank keeping its part.
         train_loader: endless, with a position that can be saved; see `BatchLoader`.
         config: optimisation, evaluation and bookkeeping.
+        distributed: how the ranks share the model, under `torchrun`.
         validation: token ids [N] of contiguous text; the first `config.evaluation_tokens` are evaluated.
         tokenizer: saved with every checkpoint, and tells the bytes behind the validation tokens; by default the
             model's own.
         data_config: recorded in checkpoints, so that a resume on other data is refused.
-        callbacks: called at every hook after the built-in ones (see `Callback`).
+        callbacks: called at every hook after the built-in ones (see `Callback`), on every rank.
         progress: show a bar on a terminal, lines elsewhere.
 
     Raises:
@@ -83,6 +87,7 @@ class Trainer:
         train_loader: BatchLoader,
         config: TrainingConfig,
         *,
+        distributed: DistributedConfig | None = None,
         validation: Tokens | None = None,
         tokenizer: Tokenizer | None = None,
         data_config: DataConfig | None = None,
@@ -91,20 +96,27 @@ class Trainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.device = resolve_device(config.device)
+        distributed = DistributedConfig() if distributed is None else distributed
+        self.ranks = join_ranks(
+            config.device, timeout_seconds=distributed.timeout_seconds, alone=distributed.strategy == "fsdp"
+        )
+        self.device = self.ranks.device
         self.precision = resolve_precision(config.precision, self.device)
-        self.model = model.to(self.device)
+        self.engine = Engine(model, distributed, self.ranks, seed=config.seed)
+        self.model = model
         if tokenizer is not None:
             self.model.tokenizer = tokenizer
         self.train_loader = train_loader
         self.data_config = data_config
-        self.optimizer = build_optimizer(self.model, config, self.device)
+        self.optimizer = build_optimizer(self.model, config, next(self.model.parameters()).device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
-        self.callbacks: list[Callback] = [MetricsFile()]
-        if config.tensorboard:
-            self.callbacks.append(TensorBoard())
-        if progress:
-            self.callbacks.append(Progress())
+        self.callbacks: list[Callback] = []
+        if self.ranks.is_main:
+            self.callbacks.append(MetricsFile())
+            if config.tensorboard:
+                self.callbacks.append(TensorBoard())
+            if progress:
+                self.callbacks.append(Progress())
         self.callbacks.extend(callbacks)
 
         self.validation = None if validation is None else validation[: config.evaluation_tokens]
@@ -130,7 +142,7 @@ class Trainer:
         self.callbacks.append(callback)
 
     def stop(self) -> None:
-        """End the run after the current step, with a checkpoint."""
+        """End the run after the current step, with a checkpoint; one rank's word is enough."""
         self._stopping = True
 
     def train(self) -> TrainingResult:
@@ -162,6 +174,7 @@ class Trainer:
                     self._log_validation(self.evaluate())
                 # A hook may save or stop, so it comes after the rows that a checkpoint of this step must know.
                 self._call("on_step_end")
+                self._stopping = self.ranks.any(self._stopping)
                 if last or self._stopping or _due(self.step, config.checkpoint_every):
                     self.save_checkpoint()
         finally:
@@ -171,23 +184,25 @@ class Trainer:
         return TrainingResult(self.step, self.tokens, self._evaluation, self._checkpoint)
 
     def evaluate(self) -> StreamEvaluation:
-        """Loss over the validation tokens, each predicted from all before it."""
+        """Loss over the validation tokens, each predicted from all before it; every rank must call."""
         if self.validation is None:
             raise DataError("This trainer has no validation tokens; pass validation=... to Trainer.")
-        with self._autocast():
+        with self.engine.evaluating() as model, self._autocast():
             # As many tokens at a time as a training step reads: memory that is known to be there.
             return evaluate_stream(
-                self.model,
+                model,
                 self.validation,
                 segment_length=self.config.batch_size * self.config.sequence_length,
                 text_bytes=self._text_bytes,
             )
 
     def save_checkpoint(self) -> Path:
-        """The checkpoint of the current step, written now unless it exists."""
+        """The checkpoint of the current step, written now unless it exists; every rank must call."""
         if self._checkpoint is None or self._checkpoint.name != f"step-{self.step:06d}":
-            self._checkpoint = save_training_checkpoint(
-                self.output_dir, self.model, self.optimizer, self.run_state(), keep=self.config.keep_checkpoints
+            model, state = self.engine.whole_model(), self.run_state()
+            tensors, keep = optimizer_tensors(self.model, self.optimizer), self.config.keep_checkpoints
+            self._checkpoint = self.ranks.on_main(
+                lambda: write_training_checkpoint(self.output_dir, model, tensors, state, keep=keep)
             )
             self._call("on_checkpoint", self._checkpoint)
         return self._checkpoint
@@ -197,8 +212,7 @@ class Trainer:
         started = time.perf_counter()
         self._call("on_step_start")
         batches = [self._next_batch() for _ in range(self.config.gradient_accumulation_steps)]
-        counts = [count_targets(batch) for batch in batches]
-        targets = sum(counts)
+        targets = sum(count_targets(batch) for batch in batches)
         if targets == 0:
             raise DataError(f"Training step {self.step + 1} has no token to predict; check labels and cu_seqlens.")
         learning_rate = learning_rate_at(self.step, self.config) * self.learning_rate_factor
@@ -208,25 +222,17 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, count in zip(batches, counts, strict=True):
-            if count == 0:
-                continue
-            on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            try:
-                with self._autocast():
-                    # A batch's loss is the mean over its own targets; weighted so, the sum is the mean over all.
-                    part = self.model(**on_device).loss * (count / targets)
-            except DomainError as error:
-                # The operators refuse what is not finite; anything else that is wrong with a batch is no instability.
-                where = self._first_nonfinite([batch])
-                if where is None:
-                    raise
-                raise self._unstable("the forward pass broke off", where) from error
-            self.scaler.scale(part).backward()
-            loss += part.detach()
+        parts = [(part, count_targets(part)) for part in share_out(batches, self.ranks)]
+        if self.ranks.size == 1:
+            parts = [(part, count) for part, count in parts if count]
+        for number, (part, count) in enumerate(parts, start=1):
+            with self.engine.accumulating(last=number == len(parts)):
+                # A part's loss is the mean over its own targets; weighted so, the sum is the mean over all.
+                share = self._forward(part, count / targets)
+                self.engine.backward(self.scaler.scale(share))
+            loss += share.detach()
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        loss, norm = self.ranks.sum(loss), self.engine.gradient_norm()
         loss_value, norm_value = torch.stack([loss, norm.double()]).tolist()
         self._check_finite(loss_value, norm_value, batches)
         if math.isfinite(norm_value):
@@ -240,6 +246,22 @@ class Trainer:
         self.step += 1
         self.tokens += tokens
         self._interval.add(loss_value * targets, targets, norm_value, tokens, time.perf_counter() - started)
+
+    def _forward(self, part: dict[str, Tensor], weight: float) -> Tensor:
+        """`weight` times the mean loss of one part."""
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
+        try:
+            with self._autocast():
+                return self.engine.loss(on_device, weight)
+        except DomainError as error:
+            if self.ranks.size > 1:
+                # The other ranks wait for this one in a collective call, so no recovery here: torchrun starts anew.
+                raise
+            # The operators refuse what is not finite; anything else that is wrong with a batch is no instability.
+            where = self._first_nonfinite([part])
+            if where is None:
+                raise
+            raise self._unstable("the forward pass broke off", where) from error
 
     def _next_batch(self) -> dict[str, Tensor]:
         """The model's arguments for the next batch, where the loader put them."""
@@ -264,7 +286,7 @@ class Trainer:
         raise self._unstable(what, where or "every parameter, output and gradient is finite, so a sum overflowed")
 
     def _first_nonfinite(self, batches: list[dict[str, Tensor]]) -> str | None:
-        with self._autocast():
+        with self.engine.evaluating(), self._autocast():
             return first_nonfinite(self.model, batches, self.device)
 
     def _unstable(self, what: str, where: str) -> InstabilityError:
@@ -306,11 +328,11 @@ class Trainer:
         """Seed a new run, or continue from the newest checkpoint."""
         if self._started:  # train() called again, after stop()
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        folder = latest_checkpoint(self.output_dir)
+        folder = self.ranks.on_main(self._find_checkpoint)
         if folder is None:
-            seed_everything(self.config.seed)
-        elif self.config.resume:
+            # Rank 0 draws what one process would; the others draw other masks of dropout.
+            seed_everything(self.config.seed + self.ranks.rank)
+        elif self.config.resume or self.ranks.restarted:
             self._resume(folder)
         else:
             raise CheckpointError(
@@ -318,6 +340,10 @@ class Trainer:
                 "another folder."
             )
         self._started = True
+
+    def _find_checkpoint(self) -> Path | None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        return latest_checkpoint(self.output_dir)
 
     def _resume(self, folder: Path) -> None:
         """Continue from `folder` as if the run had never stopped."""
@@ -351,10 +377,16 @@ class Trainer:
         for callback in self.callbacks:
             if type(callback).__name__ in held:
                 callback.load_state_dict(held[type(callback).__name__])
-        restore_random_state(state["random"], self.device)
+        # More ranks than wrote the checkpoint: the new ones draw from seeds that no rank had.
+        generators = [state["random"], *state.get("random_of_other_ranks", [])]
+        if self.ranks.rank < len(generators):
+            restore_random_state(generators[self.ranks.rank], self.device)
+        else:
+            seed_everything(hash((self.config.seed, self.step, self.ranks.rank)) % 2**63)
 
     def run_state(self) -> dict[str, Any]:
         """Everything besides tensors that continues the run, in plain JSON types."""
+        random, *random_of_others = self.ranks.gather(random_state(self.device))
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -363,7 +395,8 @@ class Trainer:
             "data": self.train_loader.state_dict(),
             "learning_rate_factor": self.learning_rate_factor,
             "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
-            "random": random_state(self.device),
+            "random": random,
+            "random_of_other_ranks": random_of_others,
             "scaler": self.scaler.state_dict(),
             "parameters_without_optimizer_state": parameters_without_state(self.model, self.optimizer),
             "config": self._configs(),

@@ -1,0 +1,79 @@
+"""Short runs on however many ranks there are: `torchrun run_on_ranks.py FOLDER NAME...`, each in FOLDER/NAME."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from resnet_bk import LanguageModel, ModelConfig, Trainer, TrainingConfig
+from resnet_bk.data.loader import PackedTokenLoader, TokenLoader
+from resnet_bk.data.shards import TokenDataset
+from resnet_bk.training.callbacks import Callback
+from resnet_bk.training.config import DistributedConfig
+
+FSDP = {"strategy": "fsdp"}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp-accumulation": {"training": {"gradient_accumulation_steps": 3}},
+    "ddp-dealt": {"training": {"gradient_accumulation_steps": 2, "batch_size": 1}},
+    "ddp-packed": {"training": {"gradient_accumulation_steps": 2}, "packed": True},
+    # Parameters without a gradient, and segments that are recomputed in the backward pass.
+    "ddp-unused": {"model": {"kernel": "green"}, "segment_tokens": 64},
+    "ddp-float16": {"training": {"precision": "float16"}},
+    "fsdp": {"distributed": FSDP},
+    "fsdp-accumulation": {"distributed": FSDP, "training": {"gradient_accumulation_steps": 3}},
+    "fsdp-packed": {"distributed": FSDP, "training": {"gradient_accumulation_steps": 4}, "packed": True},
+    "fsdp-segments": {"distributed": FSDP, "segment_tokens": 64},
+    "fsdp-unused": {"distributed": FSDP, "model": {"kernel": "green", "tie_embeddings": False}},
+    "fsdp-zero2": {
+        "distributed": {**FSDP, "reshard_after_forward": False}, "training": {"gradient_accumulation_steps": 3},
+        "segment_tokens": 64,
+    },
+    "fsdp-offload": {"distributed": {**FSDP, "cpu_offload": True}},
+    "fsdp-bfloat16": {
+        "distributed": {**FSDP, "gather_dtype": "bfloat16", "reduce_dtype": "bfloat16"},
+        "training": {"precision": "bfloat16"},
+    },
+    "fsdp-float16": {"distributed": FSDP, "training": {"precision": "float16"}},
+    "ddp-mamba2": {"model": {"mixer": "mamba2"}},
+    "fsdp-mamba3": {"distributed": FSDP, "model": {"mixer": "mamba3"}},
+    "fsdp-hybrid": {"distributed": FSDP, "model": {"attention_every": 2, "attention_head_dim": 8}},
+}  # fmt: skip
+
+
+def build(
+    folder: str | Path, name: str, *, plain: bool = False, callbacks: tuple[Callback, ...] = (), **fields: Any
+) -> Trainer:
+    """The trainer of a scenario, or of the same run in a `plain` process; the model is drawn by the trainer."""
+    scenario = {**SCENARIOS[name], **({"distributed": {}} if plain else {})}
+    sizes = dict(vocab_size=13, d_model=16, num_layers=2, feed_forward_dim=24, head_dim=8, state_size=4)
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig(**{**sizes, **scenario.get("model", {})}))
+    model.segment_tokens = scenario.get("segment_tokens", model.segment_tokens)
+    defaults = dict(
+        output_dir=str(Path(folder) / name), steps=6, sequence_length=96, batch_size=4, warmup_steps=2, log_every=1,
+        learning_rate=2e-2, gradient_clip_norm=0.1, evaluate_every=3, checkpoint_every=3, device="cpu",
+        tensorboard=False,
+    )  # fmt: skip
+    config = TrainingConfig(**{**defaults, **scenario.get("training", {}), **fields})
+    tokens = np.random.default_rng(0).integers(0, 2, 2000).cumsum() % 13
+    data = TokenDataset.from_ids("train", tokens)
+    if "packed" in scenario:
+        documents = dataclasses.replace(data, document_offsets=np.arange(0, 2001, 25))
+        loader = PackedTokenLoader(documents, config.sequence_length)
+    else:
+        loader = TokenLoader(data, config.sequence_length, config.batch_size)
+    return Trainer(
+        model, loader, config, distributed=DistributedConfig(**scenario.get("distributed", {})),
+        validation=torch.from_numpy(tokens[:500]), callbacks=callbacks, progress=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    for scenario in sys.argv[2:]:
+        build(sys.argv[1], scenario).train()
