@@ -18,7 +18,7 @@ from resnet_bk.cli.arguments import describe_type
 from resnet_bk.cli.migration import PROTOTYPE_KEYS
 from resnet_bk.data.config import DataConfig
 from resnet_bk.models.config import PRESETS, ModelConfig
-from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.config import DistributedConfig, TrainingConfig
 
 DOCS = Path(__file__).parent
 
@@ -62,6 +62,7 @@ TABLES = {
     "model": lambda: field_table(ModelConfig, "model"),
     "data": lambda: field_table(DataConfig, "data"),
     "training": lambda: field_table(TrainingConfig, "training"),
+    "distributed": lambda: field_table(DistributedConfig, "distributed"),
     "presets": preset_table,
     "migration": migration_table,
 }

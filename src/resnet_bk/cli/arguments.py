@@ -56,7 +56,7 @@ def parse_run_config(command: str, description: str, arguments: Sequence[str]) -
 
 
 def run_parser(command: str, description: str, arguments: Sequence[str]) -> Parser:
-    """A parser of the sections model, data and training, to which a command may add options of its own.
+    """A parser of the sections of a `RunConfig`, to which a command may add options of its own.
 
     `--config FILE` may be given more than once; later files, then `--section.key value`, win. `model.preset` (in a
     file or as an option) fills the model section first. A help request prints and exits, as argparse does.
@@ -70,7 +70,9 @@ def run_parser(command: str, description: str, arguments: Sequence[str]) -> Pars
         description=description,
         usage=f"resnet-bk {command} --config FILE [--section.key VALUE ...]",
     )
-    parser.add_argument("--config", action="config", help="YAML file with the sections model, data and training.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with the sections model, data, training and distributed."
+    )
     _add_preset(parser)
     parser.add_class_arguments(RunConfig, as_group=True)
     presets = [section.get("preset") for section in map(_model_section, _option_values(arguments, _CONFIG))]
