@@ -82,11 +82,21 @@ def sweep(alpha, first):
     return torch.stack(sites, 1)
 
 
+def normed(x, config):
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + config.norm_epsilon)
+
+
 def written_out(mixer, u):
     """Output of the mixer from its equations: one dense time-by-time kernel a head."""
     c = mixer.config
     z, x, k, q, a, e, s, *turns = mixer.in_proj(u).split(mixer.sizes, -1)
-    k, q = (part / torch.sqrt(part.square().mean(-1, keepdim=True) + c.norm_epsilon) for part in (k, q))
+    if turns:
+        peierls = torch.exp(1j * (torch.pi * mixer.peierls_scale * torch.tanh(turns[0])).cumsum(1))
+        peierls = torch.cat((torch.ones(*k.shape[:2], c.state_size // 2 - c.peierls_pairs), peierls), -1)
+        k, q = (normed(part, c) + bias for part, bias in zip((k, q), mixer.shared_bias, strict=True))
+        k, q = (torch.complex(*part.chunk(2, -1)) * peierls for part in (k, q))
+        k, q = (torch.cat((part.real, part.imag), -1) for part in (k, q))
+    k, q = (normed(part, c) for part in (k, q))
     k, q = k[:, :, None] + mixer.key_bias, q[:, :, None] + mixer.query_bias
     eta = F.softplus(e + mixer.absorption_bias) + c.absorption_floor
     if c.dynamics == "decay_only":
@@ -126,13 +136,6 @@ def written_out(mixer, u):
     if c.phase_coupling:
         angle = angle + (mixer.phase_scale * (m0.angle() - m.angle()).cumsum(1))[..., None]
     q, k = (torch.complex(*part.chunk(2, -1)) * torch.exp(1j * angle) for part in (q, k))
-    if turns:  # the heads' biases are turned by the positions only
-        peierls = (torch.pi * mixer.peierls_scale * torch.tanh(turns[0])).cumsum(1)[:, :, None]
-        peierls = torch.exp(1j * F.pad(peierls, (c.state_size // 2 - c.peierls_pairs, 0)))
-        q_bias, k_bias = (
-            torch.complex(*b.chunk(2, -1)) * torch.exp(1j * angle) for b in (mixer.query_bias, mixer.key_bias)
-        )
-        q, k = (q - q_bias) * peierls + q_bias, (k - k_bias) * peierls + k_bias
     scores = torch.einsum("bihp,bjhp->bhij", q, k.conj()).real * c.state_size**-0.5
     token = torch.eye(u.shape[1], dtype=u.dtype)
     rows = [token[0].expand(scores.shape[0], c.num_heads, -1)]

@@ -90,6 +90,7 @@ class Mixer(nn.Module):
         if config.peierls_pairs:
             self.sizes.append(config.peierls_pairs)
             self.peierls_scale = nn.Parameter(torch.empty(config.peierls_pairs))
+            self.shared_bias = nn.Parameter(torch.empty(2, state))
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(inner + 2 * heads * config.green_readout, config.d_model, bias=False)
         self.query_bias = nn.Parameter(torch.empty(heads, state))
@@ -138,6 +139,10 @@ class Mixer(nn.Module):
         if config.peierls_pairs:
             # From nearly none to half a turn a token: some pairs stay coherent over long distances, some count.
             self.peierls_scale.copy_(10 ** torch.linspace(-2, 0, config.peierls_pairs))
+            # Constant parts of keys and queries must turn too if their phases are to be seen, so all heads share them.
+            self.shared_bias.fill_(1.0)
+            self.query_bias.zero_()
+            self.key_bias.zero_()
 
     def forward(
         self,
@@ -229,14 +234,20 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and queries after the Peierls phases of all tokens up to theirs, and the phases after the last token.
 
-        The norm that follows does not see the rotation, and the biases of the heads are added after it.
+        They are normed and get a bias before; the norm that follows does not see the rotation, and the biases of the
+        heads are added after it.
         """
+        size, epsilon = self.config.state_size, self.config.norm_epsilon
+        key, query = (
+            F.rms_norm(part, (size,), eps=epsilon) + bias.to(part.dtype)
+            for part, bias in zip((key, query), self.shared_bias, strict=True)
+        )
         wide = torch.promote_types(turn.dtype, torch.float32)
         step = math.pi * self.peierls_scale.to(wide) * torch.tanh(turn.to(wide))
         total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens)
         angle = torch.remainder(total, 2 * math.pi).to(wide)
         # The slow pairs, which their positions turn least.
-        angle = F.pad(angle, (self.config.state_size // 2 - self.config.peierls_pairs, 0))
+        angle = F.pad(angle, (size // 2 - self.config.peierls_pairs, 0))
         cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
         return rotate(key, cos, sin), rotate(query, cos, sin), torch.remainder(last, 2 * math.pi)
 
