@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.errors import ShapeError
+from resnet_bk.ops.context import Segment, entering_green, entering_memory, entering_sum
 from resnet_bk.ops.dispatch import choose_backend
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.mixer_step import StepParameters, mixer_step, mixer_step_
@@ -149,16 +150,22 @@ class Mixer(nn.Module):
         u: Float[Tensor, "batch time d_model"],
         state: MixerState | None = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+        segment: Segment | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], MixerState]:
         """Mixed tokens and the state that continues them (one row a document with `cu_seqlens`).
 
-        A single token that continues a state takes one kernel where there is a GPU and no gradient.
+        A single token that continues a state takes one kernel where there is a GPU and no gradient. With a `segment`,
+        `state` is the one before the whole sequence that ranks share, and the state returned continues this segment.
         """
         projection = self.in_proj(u)
-        if state is not None and (isinstance(state, InPlaceState) or self._steps(projection, state, cu_seqlens)):
+        if (
+            state is not None
+            and segment is None
+            and (isinstance(state, InPlaceState) or self._steps(projection, state, cu_seqlens))
+        ):
             out, after = self.step(projection, state)
             return self.out_proj(out).unsqueeze(1), after
-        out, after = self.core(projection, state, cu_seqlens)
+        out, after = self.core(projection, state, cu_seqlens, segment)
         return self.out_proj(out), after
 
     @property
@@ -202,10 +209,14 @@ class Mixer(nn.Module):
         projection: Float[Tensor, "batch time width"],
         state: MixerState | None = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+        segment: Segment | None = None,
     ) -> tuple[Float[Tensor, "batch time inner"], MixerState]:
-        """What happens between the two projections: one operator on a GPU, if `fused_step` knows the options."""
+        """What happens between the two projections: one operator on a GPU, if `fused_step` knows the options.
+
+        With a `segment` always several: the state before its mixing is known only after its gates.
+        """
         config = self.config
-        on_gpu = self.fused_step and choose_backend("auto", projection) == "triton"
+        on_gpu = self.fused_step and segment is None and choose_backend("auto", projection) == "triton"
         if on_gpu and has_tiles(config.state_size, config.head_dim):
             from resnet_bk.ops.mixer_core import mixer_core
 
@@ -219,18 +230,24 @@ class Mixer(nn.Module):
             )
             return out, MixerState(mix, green)
         gate, x, key, query, potential, absorption, source, *turns = projection.split(self.sizes, dim=-1)
-        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
+        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens, segment)
         peierls = None
         if turns:
-            key, query, peierls = self._turned(key, query, turns[0], state, cu_seqlens)
-        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
+            key, query, peierls = self._turned(key, query, turns[0], state, cu_seqlens, segment)
+        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
         out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
         return out, MixerState(mix, green, free, phase, peierls)
 
     def _turned(
-        self, key: Tensor, query: Tensor, turn: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
+        self,
+        key: Tensor,
+        query: Tensor,
+        turn: Tensor,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        segment: Segment | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and queries after the Peierls phases of all tokens up to theirs, and the phases after the last token.
 
@@ -244,7 +261,7 @@ class Mixer(nn.Module):
         )
         wide = torch.promote_types(turn.dtype, torch.float32)
         step = math.pi * self.peierls_scale.to(wide) * torch.tanh(turn.to(wide))
-        total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens)
+        total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens, segment)
         angle = torch.remainder(total, 2 * math.pi).to(wide)
         # The slow pairs, which their positions turn least.
         angle = F.pad(angle, (size // 2 - self.config.peierls_pairs, 0))
@@ -289,15 +306,24 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
         """What happens between the two projections but for norm and gate; arguments are raw projections."""
         gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
-        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens)
+        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, None)
         return y, MixerState(mix, green, free, phase)
 
     def _mixed(
-        self, x: Tensor, key: Tensor, query: Tensor, gates: Gates, state: MixerState | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        key: Tensor,
+        query: Tensor,
+        gates: Gates,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        segment: Segment | None,
     ) -> tuple[Float[Tensor, "batch time heads value"], MixState]:
         """Values mixed under these gates, and the memory after the last token."""
         config = self.config
-        single = x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+        initial = None if state is None else state.mix
+        single = x.shape[1] == 1 and initial is not None and cu_seqlens is None and not torch.is_grad_enabled()
+        single = single and segment is None
         x = x.unflatten(-1, (config.num_heads, config.head_dim))
         biases = {"query_bias": self.query_bias, "key_bias": self.key_bias}
         norm: dict[str, float | None] = {"norm_epsilon": config.norm_epsilon}
@@ -315,9 +341,14 @@ class Mixer(nn.Module):
             "skip": None if gates.readout is not None else self.skip,
             "scale": config.state_size**-0.5,
         }
-        if single and state is not None:
+        if segment is not None:
+            summed = {name: value for name, value in options.items() if name in ("key_bias", "frequencies")}
+            initial = entering_memory(
+                key, x, gates.log_decay, segment, source=gates.source, first=initial, **norm, **summed
+            )
+        if single and initial is not None:
             now = [part[:, 0] for part in (query, key, x, gates.log_decay, gates.source)]
-            y, mix = semiseparable_step(now[0], now[1], now[2], now[3], state.mix, source=now[4], **options)
+            y, mix = semiseparable_step(now[0], now[1], now[2], now[3], initial, source=now[4], **options)
             y = y.unsqueeze(1)
         else:
             y, mix = semiseparable_mix(
@@ -326,7 +357,7 @@ class Mixer(nn.Module):
                 x,
                 gates.log_decay,
                 source=gates.source,
-                initial=None if state is None else state.mix,
+                initial=initial,
                 cu_seqlens=cu_seqlens,
                 **norm,
                 **options,
@@ -342,13 +373,14 @@ class Mixer(nn.Module):
         source: Float[Tensor, "batch time heads"],
         state: MixerState | None,
         cu_seqlens: Tensor | None,
+        segment: Segment | None = None,
     ) -> tuple[Gates, GreenState | None, GreenState | None, Tensor | None]:
         """Decays, sources and phases of every token, and the scan states after the last one.
 
         Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
-        if self._fused_gates:
+        if self._fused_gates and segment is None:
             initial = None if state is None else state.green
             if initial is None and config.boundary == "wall":
                 wall = torch.zeros_like(self.energy, dtype=torch.float32)
@@ -388,6 +420,8 @@ class Mixer(nn.Module):
                 lead = GreenState(*(torch.zeros_like(part) for part in lead))
             if config.dynamics == "exact":
                 before = lead if state is None or state.green is None else state.green
+                if segment is not None:
+                    before = entering_green(delta, per_site, segment, first=before)
                 m, green = causal_resolvent(delta, per_site, initial=before, cu_seqlens=bounds)
                 log_flux, unit = flux_gate(previous_imag(m[1], before.imag, bounds), per_site)
                 if sites > 1:
@@ -405,11 +439,14 @@ class Mixer(nn.Module):
             if config.phase_coupling:
                 if config.dynamics == "exact":
                     before = lead if state is None or state.free is None else state.free
-                    m0, free = causal_resolvent((-energy).expand_as(eta), eta, initial=before, cu_seqlens=cu_seqlens)
+                    quiet = (-energy).expand_as(eta)
+                    if segment is not None:
+                        before = entering_green(quiet, eta, segment, first=before)
+                    m0, free = causal_resolvent(quiet, eta, initial=before, cu_seqlens=cu_seqlens)
                     turned = scattering_phase(m, m0)
                 else:
                     turned = semiclassical_root((-energy).expand_as(eta), eta)[1] - argument
-                total, phase = _accumulate(turned, None if state is None else state.phase, cu_seqlens)
+                total, phase = _accumulate(turned, None if state is None else state.phase, cu_seqlens, segment)
                 angle = torch.remainder(self.phase_scale.double() * total, 2 * math.pi).to(wide)
         readout = None
         if config.kernel == "green":
@@ -430,9 +467,13 @@ class Mixer(nn.Module):
         return torch.cat((1 - 2 * (imag + 1) / square, -2 * real / square), dim=-1)
 
 
-def _accumulate(turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _accumulate(
+    turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, segment: Segment | None
+) -> tuple[Tensor, Tensor]:
     """Running sum of `turned` [batch, time, heads] per sequence or document from `start` [rows, heads], and its end."""
     total = turned.double().cumsum(1)
+    if segment is not None:
+        start = entering_sum(total[:, -1], segment, first=start)
     if cu_seqlens is None:
         total = total if start is None else total + start[:, None]
         return total, total[:, -1].clone()  # a view would keep all sites alive

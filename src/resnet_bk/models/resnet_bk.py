@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from resnet_bk.errors import DomainError, ShapeError
+from resnet_bk.errors import ConfigError, DomainError, ShapeError
 from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.feed_forward import FeedForward
 from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
@@ -24,6 +24,8 @@ from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models import checkpoint as checkpoints
 from resnet_bk.models import generate as generation
 from resnet_bk.models.config import ModelConfig
+from resnet_bk.ops.context import Segment, SequenceGroup
+from resnet_bk.ops.dispatch import compute_dtype
 from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
 from resnet_bk.ops.state_space import TrapezoidState
 
@@ -111,10 +113,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "batch time d_model"], state: LayerState | None, cu_seqlens: Tensor | None
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+        segment: Segment | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], LayerState]:
         """The residual stream after the block, and the mixer's state."""
-        mixed, after = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        shared = () if segment is None else (segment,)
+        mixed, after = self.mixer(self.mixer_norm(x), state, cu_seqlens, *shared)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), after
 
@@ -181,34 +188,46 @@ class LanguageModel(nn.Module):
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
         *,
         return_logits: bool | None = None,
+        group: SequenceGroup | None = None,
     ) -> LanguageModelOutput:
         """Logits, or the loss against `labels`, and the state that continues the sequences.
 
         Args:
             input_ids: token ids in [0, vocab_size).
             labels: unshifted targets, usually `input_ids` itself; position t is trained to predict labels[t + 1].
-                -100 is ignored. The logits of a long sequence are then never materialised.
+                -100 is ignored. The logits of a long sequence are then never materialised. With one token more than
+                `input_ids` the last is what the last position predicts.
             state: returned by an earlier call whose tokens these continue.
             cu_seqlens: boundaries 0 = b_0 < ... < b_documents = time of documents packed along time (batch 1). No
                 document sees another, and a document's first token is nobody's target.
             return_logits: None computes logits exactly when there are no labels.
+            group: ranks that share the sequences: `input_ids` are this one's segments of them, `state` is the one
+                before the whole sequences, and the results are those of this segment (see
+                `training.context_parallel`). The loss is then the mean over this rank's targets, 0 without any.
 
         Raises:
             ShapeError: `input_ids` is not [batch, time], `labels` has another shape, `state` does not fit.
             DomainError: a token id outside the vocabulary (names the first), or labels without a single target.
+            ConfigError: `group` with a mixer that cannot share a sequence, or with packed documents.
         """
-        if labels is not None and labels.shape != input_ids.shape:
+        if labels is not None and (
+            labels.shape[0] != input_ids.shape[0] or labels.shape[1] - input_ids.shape[1] not in (0, 1)
+        ):
             raise ShapeError(
-                f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}."
+                f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}, or one "
+                "token more."
             )
-        hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens)
+        hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens, group=group)
         loss = None
         if labels is not None:
-            targets = torch.full_like(labels, -100)
-            targets[:, :-1] = labels[:, 1:]
+            targets = F.pad(labels[:, 1:], (0, input_ids.shape[1] + 1 - labels.shape[1]), value=-100)
             if cu_seqlens is not None:
                 targets[:, cu_seqlens[1:].long() - 1] = -100
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+            if group is not None and not (targets != -100).any():
+                # A rank without a target takes part in the exchange of gradients all the same.
+                loss = 0 * hidden.sum(dtype=compute_dtype(hidden))
+            else:
+                loss = linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
         if return_logits is None:
             return_logits = labels is None
         logits = F.linear(hidden, self.output_weight) if return_logits else None
@@ -220,6 +239,7 @@ class LanguageModel(nn.Module):
         *,
         state: ModelState | None = None,
         cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+        group: SequenceGroup | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
         """Residual stream after the final norm, and the state that continues the sequences.
 
@@ -243,9 +263,13 @@ class LanguageModel(nn.Module):
                     )
         # Packed documents may end anywhere, so they are not cut in time; only their activations are recomputed. Nor is
         # time cut in training where attention sees everything: each segment would keep all keys before it.
-        long = input_ids.numel() > self.segment_tokens
+        segment = self._segment(input_ids, group, cu_seqlens)
+        # The longest segment decides for all ranks, because recomputing exchanges the summaries again.
+        most = input_ids.shape[1] if segment is None else max(segment.lengths)
+        long = input_ids.shape[0] * most > self.segment_tokens
         step = input_ids.shape[1]
         whole = "attention" in self.config.mixers and not self.config.attention_window and torch.is_grad_enabled()
+        whole = whole or segment is not None
         if long and cu_seqlens is None and not whole:
             step = max(64, self.config.attention_window, self.segment_tokens // input_ids.shape[0] // 64 * 64)
         states: list[LayerState | None] = [None] * len(self.blocks) if state is None else list(state.layers)
@@ -256,15 +280,33 @@ class LanguageModel(nn.Module):
             following = []
             for block, before in zip(self.blocks, states, strict=True):
                 if long and torch.is_grad_enabled():
+                    keep = self.config.dropout > 0
                     x, after = checkpoint(
-                        block, x, before, cu_seqlens, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                        block, x, before, cu_seqlens, segment, use_reentrant=False, preserve_rng_state=keep
                     )
                 else:
-                    x, after = block(x, before, cu_seqlens)
+                    x, after = block(x, before, cu_seqlens, segment)
                 following.append(after)
             states = list(following)
             parts.append(self.norm(x))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(tuple(following))
+
+    def _segment(self, input_ids: Tensor, group: SequenceGroup | None, cu_seqlens: Tensor | None) -> Segment | None:
+        """Where `input_ids` lie in sequences that ranks share; None if they are whole."""
+        if group is None:
+            return None
+        others = sorted(set(self.config.mixers) - {"resolvent"})
+        if others:
+            raise ConfigError(
+                f"model.mixer is {', '.join(others)} in some block, which cannot share a sequence between ranks; set "
+                "mixer 'resolvent' and attention_every 0, or distributed.context_parallel 1."
+            )
+        if cu_seqlens is not None:
+            raise ConfigError(
+                "cu_seqlens packs documents along time, which ranks cannot share yet; give whole sequences, or set "
+                "distributed.context_parallel 1."
+            )
+        return Segment.of(group, input_ids)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):

@@ -1,0 +1,179 @@
+"""The mixer on segments of a sequence that ranks share equals the mixer on the whole, gradients and states included."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from rank_threads import on_threads
+
+from resnet_bk.errors import ShapeError
+from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.ops.context import Segment
+from resnet_bk.ops.resolvent import GreenState
+from resnet_bk.ops.semiseparable import MixState
+
+OPTIONS = [
+    {},
+    dict(boundary="wall"),
+    dict(dynamics="decay_only"),
+    dict(dynamics="semiclassical", phase_coupling=True),
+    dict(phase_coupling=True, source="free"),
+    dict(sites_per_token=3, green_readout=True),
+    dict(peierls_pairs=3),
+    dict(peierls_pairs=2, phase_coupling=True, kernel="transmission", source="unit"),
+    dict(kernel="green", source="free", boundary="wall"),
+]
+SPLITS = [[41, 41, 41], [1, 70, 2, 50], [64, 59], [123]]
+every_option = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "default"
+)
+
+
+def build(options, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=11, d_model=12, num_layers=1, feed_forward_dim=8, head_dim=6, state_size=8, **options
+    )
+    mixer = Mixer(config).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return mixer
+
+
+def floats(state):
+    """The state's floating tensors in order."""
+    flat = [state.mix.memory]
+    for part in state[1:]:
+        flat.extend([] if part is None else part if isinstance(part, tuple) else [part])
+    return flat
+
+
+def with_floats(state, tensors):
+    """The state with its floating tensors replaced."""
+    left = iter(tensors)
+    mix = MixState(next(left), state.mix.position)
+    parts = []
+    for part in state[1:]:
+        parts.append(
+            None if part is None else GreenState(next(left), next(left)) if isinstance(part, tuple) else next(left)
+        )
+    return MixerState(mix, *parts)
+
+
+def start_of(mixer, batch=2, tokens=5):
+    """A state before the sequence, whose tensors need gradients."""
+    with torch.no_grad():
+        _, state = mixer(torch.randn(batch, tokens, 12, dtype=mixer.skip.dtype))
+    return with_floats(state, [part.clone().requires_grad_() for part in floats(state)])
+
+
+def run(mixer, u, state, weights, group=None, lengths=None):
+    """Output, final state and all gradients of a weighted sum of both; of the last rank's final state only."""
+    if group is None:
+        out, after = mixer(u, state)
+    else:
+        end = list(accumulate(lengths))[group.rank]
+        part = slice(end - lengths[group.rank], end)
+        segment = Segment.of(group, u[:, part, 0])
+        u = u[:, part].detach().requires_grad_()
+        out, after = mixer(u, state, None, segment)
+        weights = (weights[0][:, part], *weights[1:])
+    loss = (out * weights[0]).sum()
+    if group is None or group.rank == group.size - 1:
+        loss = loss + sum((part * w).sum() for part, w in zip(floats(after), weights[1:], strict=True))
+    wanted = [*mixer.parameters(), *([] if state is None else floats(state))]
+    grads = torch.autograd.grad(loss, [u, *wanted], allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip([u, *wanted], grads, strict=True)]
+    return out.detach(), after, zeros[0], zeros[1:]
+
+
+def problem(mixer, started, batch=2, time=123):
+    torch.manual_seed(1)
+    dtype = mixer.skip.dtype
+    u = torch.randn(batch, time, 12, dtype=dtype).requires_grad_()
+    state = start_of(mixer, batch) if started else None
+    with torch.no_grad():
+        out, after = mixer(u, state)
+    return u, state, (torch.randn_like(out), *(torch.randn_like(part) for part in floats(after)))
+
+
+@every_option
+@pytest.mark.parametrize("started", [False, True], ids=["fresh", "continued"])
+def test_segments_equal_the_whole(options, started):
+    mixer = build(options)
+    u, state, weights = problem(mixer, started)
+    out, after, u_grad, grads = run(mixer, u, state, weights)
+    for lengths in SPLITS:
+        ranks = on_threads(len(lengths), lambda group, lengths=lengths: run(mixer, u, state, weights, group, lengths))
+        close = dict(rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(torch.cat([rank[0] for rank in ranks], 1), out, **close)
+        torch.testing.assert_close(torch.cat([rank[2] for rank in ranks], 1), u_grad, **close)
+        for found, expected in zip(floats(ranks[-1][1]), floats(after), strict=True):
+            torch.testing.assert_close(found, expected, **close)
+        for expected, *found in zip(grads, *(rank[3] for rank in ranks), strict=True):
+            torch.testing.assert_close(sum(found), expected, **close)
+        before = 0 if state is None else state.mix.position
+        for end, rank in zip(accumulate(lengths), ranks, strict=True):
+            assert torch.equal(rank[1].mix.position, torch.tensor([end, end]) + before)
+
+
+def test_float32_segments_are_as_exact_as_a_float32_whole():
+    wide, narrow = build({}), build({}, torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    u, _, weights = problem(narrow, False, batch=1, time=1000)
+    truth = run(wide, u.detach().double().requires_grad_(), None, [w.double() for w in weights])
+    single = run(narrow, u, None, weights)
+    lengths = [400, 30, 570]
+    ranks = on_threads(3, lambda group: run(narrow, u, None, weights, group, lengths))
+    shared = [torch.cat([rank[0] for rank in ranks], 1), torch.cat([rank[2] for rank in ranks], 1)]
+    shared += [sum(found) for found in zip(*(rank[3] for rank in ranks), strict=True)]
+    for found, one, exact in zip(
+        shared, [single[0], single[2], *single[3]], [truth[0], truth[2], *truth[3]], strict=True
+    ):
+        scale = exact.abs().max()
+        # Measured at most 1.6 times the error of the single run (1.6e-5).
+        assert (found - exact).abs().max() <= 3 * (one - exact).abs().max() + 2e-6 * scale
+
+
+def test_without_gradients_one_token_a_rank():
+    mixer = build(dict(peierls_pairs=2))
+    u, state, _ = problem(mixer, True, time=3)
+
+    @torch.no_grad()
+    def work(group):
+        part = u[:, group.rank : group.rank + 1]
+        return mixer(part, state, None, Segment.of(group, part[..., 0]))
+
+    ranks = on_threads(3, work)
+    out, after = mixer(u, state)
+    torch.testing.assert_close(torch.cat([rank[0] for rank in ranks], 1), out, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(ranks[-1][1].mix.memory, after.mix.memory, rtol=1e-10, atol=1e-11)
+
+
+def test_what_is_sent():
+    """The volume that the documentation states, for the default mixer: bytes a sequence and head."""
+    mixer = build({}, torch.float32)
+    u, _, weights = problem(mixer, False)
+
+    def work(group):
+        run(mixer, u, None, weights, group, [61, 62])
+        return group.gathered
+
+    heads, state, value = 4, 8, 6
+    for sent in on_threads(2, work):
+        shape, *summaries = [part.nbytes for part in sent]
+        assert shape == 16
+        moebius, memory = 2 * heads * 72, 2 * heads * (state * value + 1) * 4
+        assert summaries == [moebius, memory, memory - 2 * heads * 4, 2 * heads * 16]
+
+
+def test_ranks_with_different_batches_are_named():
+    def work(group):
+        Segment.of(group, torch.zeros(2 + group.rank, 7))
+
+    with pytest.raises(ShapeError, match=r"\[2, 3\] sequences"):
+        on_threads(2, work)
