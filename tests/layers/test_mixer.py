@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from resnet_bk.errors import DomainError
 from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.positional import PositionalPotential
 from resnet_bk.models.config import ModelConfig
 
 SIZES = dict(vocab_size=11, d_model=12, num_layers=1, feed_forward_dim=8, head_dim=6, state_size=8)
@@ -32,6 +33,11 @@ COMBINATIONS += [
     if sites > 1 or readout
 ]
 COMBINATIONS += [dict(peierls_pairs=3), dict(peierls_pairs=4, sites_per_token=3, green_readout=True, source="free")]
+COMBINATIONS += [
+    dict(position_potential="prime_bump", boundary="wall"),
+    dict(position_potential="shuffled", dynamics="semiclassical"),
+    dict(position_potential="random", sites_per_token=3),
+]
 every_combination = pytest.mark.parametrize(
     "options", COMBINATIONS, ids=lambda options: "-".join(map(str, options.values()))
 )
@@ -103,7 +109,12 @@ def written_out(mixer, u):
         modulus = torch.exp(-torch.asinh(eta / 2))
     else:
         a = a.unflatten(-1, (c.sites_per_token, -1))
-        alpha = torch.complex(mixer.potential_scale * a - mixer.energy, -eta[:, :, None].expand_as(a)).flatten(1, 2)
+        delta = mixer.potential_scale * a - mixer.energy
+        if c.position_potential != "none":
+            place = torch.arange(u.shape[1])
+            fixed = PositionalPotential(c.position_potential, c.position_epsilon)(place, 4000)
+            delta = delta + mixer.position_scale * fixed.to(u.dtype)[:, None, None]
+        alpha = torch.complex(delta, -eta[:, :, None].expand_as(a)).flatten(1, 2)
         free = torch.complex(-mixer.energy + torch.zeros_like(alpha.real), alpha.imag)
         at_rest = torch.complex(-mixer.energy, -F.softplus(mixer.absorption_bias) - c.absorption_floor)
         first = decaying(at_rest).expand(u.shape[0], -1) * (c.boundary == "lead")

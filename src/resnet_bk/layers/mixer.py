@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.errors import ShapeError
+from resnet_bk.layers.positional import PositionalPotential
 from resnet_bk.ops.context import Segment, entering_green, entering_memory, entering_sum
 from resnet_bk.ops.dispatch import choose_backend
 from resnet_bk.ops.gated_norm import gated_norm
@@ -102,6 +103,10 @@ class Mixer(nn.Module):
         if has_potential:
             self.potential_scale = nn.Parameter(torch.empty(heads))
             self.energy = nn.Parameter(torch.empty(heads))
+        self._position_potential = None
+        if config.position_potential != "none":
+            self._position_potential = PositionalPotential(config.position_potential, config.position_epsilon)
+            self.position_scale = nn.Parameter(torch.empty(heads))
         if config.phase_coupling:
             self.phase_scale = nn.Parameter(torch.empty(heads))
         self.skip = nn.Parameter(torch.empty(heads))
@@ -135,6 +140,8 @@ class Mixer(nn.Module):
                 self.energy.copy_(1 - 2 * (place % 2))
             else:
                 self.energy.copy_(torch.linspace(-reach, reach, heads) if heads > 1 else torch.zeros(1))
+        if config.position_potential != "none":
+            self.position_scale.fill_(1.0)
         if config.phase_coupling:
             self.phase_scale.zero_()
         if config.peierls_pairs:
@@ -178,6 +185,7 @@ class Mixer(nn.Module):
         """Whether `flux_gates` knows this mixer's medium."""
         config = self.config
         plain = config.sites_per_token == 1 and not config.phase_coupling and not config.green_readout
+        plain = plain and config.position_potential == "none"
         return config.dynamics == "exact" and config.kernel == "flux" and plain
 
     @property
@@ -415,6 +423,10 @@ class Mixer(nn.Module):
             per_site = eta if sites == 1 else eta.repeat_interleave(sites, dim=1)
             bounds = None if cu_seqlens is None else cu_seqlens * sites
             delta = self.potential_scale.to(wide) * potential.to(wide) - energy
+            if self._position_potential is not None:
+                fixed = self._of_positions(absorption, state, cu_seqlens).to(wide)
+                fixed = fixed if sites == 1 else fixed.repeat_interleave(sites, dim=-1)
+                delta = delta + self.position_scale.to(wide) * fixed[..., None]
             lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
             if config.boundary == "wall":
                 lead = GreenState(*(torch.zeros_like(part) for part in lead))
@@ -459,6 +471,21 @@ class Mixer(nn.Module):
             else:  # the Green kernel keeps the weights that theorem 2 bounds it with
                 unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
         return Gates(log_decay, unit, readout, angle, features), green, free, phase
+
+    def _of_positions(self, like: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The fixed potential of every token [1 or batch, time]; positions count from the start of a document."""
+        assert self._position_potential is not None
+        time = like.shape[1]
+        place = torch.arange(time, device=like.device)[None]
+        start, before = 0, 0
+        if state is not None:
+            start = state.mix.position[:, None]
+            before = int(start.max())
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.long()
+            start = (torch.zeros_like(bounds[1:]) if state is None else state.mix.position) - bounds[:-1]
+            start = torch.repeat_interleave(start, bounds.diff())[None]
+        return self._position_potential(place + start, before + time - 1)
 
     @staticmethod
     def _cayley(real: Tensor, imag: Tensor) -> Tensor:

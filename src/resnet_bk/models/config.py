@@ -14,6 +14,7 @@ Dynamics = Literal["exact", "semiclassical", "decay_only"]
 Kernel = Literal["flux", "transmission", "green"]
 Source = Literal["gated", "free", "unit"]
 Boundary = Literal["lead", "wall"]
+PositionPotential = Literal["none", "prime_bump", "shuffled", "random"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class ModelConfig:
     """Absorptions start log-uniform between this and 0.1, above the floor."""
     potential_start: float = 0.0
     """Start of the factor of every head's potential; 0 is a quiet medium."""
+    position_potential: PositionPotential = "none"
+    """Fixed potential of the position, with a learned factor for every head: bumps at the primes, or as a control their
+    values shuffled or random ones of equal norm."""
+    position_epsilon: float = 0.25
+    """Exponent above 1/2 of the prime bumps, log p / p^(k (1/2 + epsilon)) at n = p^k."""
     energy_range: float = 1.5
     """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping; with three sites a
     token at 1 and -1 in turn, where three quiet sites are the identity."""
@@ -95,8 +101,14 @@ class ModelConfig:
             raise ConfigError(f"model.absorption_start is {self.absorption_start!r}; expected a number in (0, 0.1].")
         if not math.isfinite(self.potential_start):
             raise ConfigError(f"model.potential_start is {self.potential_start!r}; expected a finite number.")
-        if not self.energy_range >= 0:
-            raise ConfigError(f"model.energy_range is {self.energy_range!r}; expected a number >= 0.")
+        for name in ("energy_range", "position_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a finite number >= 0.")
+        if self.position_potential != "none" and self.dynamics == "decay_only":
+            raise ConfigError(
+                f"model.position_potential is {self.position_potential!r}, but dynamics 'decay_only' has no potential. "
+                "Set one of them."
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout!r}; expected a probability in [0, 1).")
         if self.inner_dim % self.head_dim:
@@ -213,6 +225,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kernel": ("flux", "transmission", "green"),
     "source": ("gated", "free", "unit"),
     "boundary": ("lead", "wall"),
+    "position_potential": ("none", "prime_bump", "shuffled", "random"),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
