@@ -424,7 +424,7 @@ class Mixer(nn.Module):
             bounds = None if cu_seqlens is None else cu_seqlens * sites
             delta = self.potential_scale.to(wide) * potential.to(wide) - energy
             if self._position_potential is not None:
-                fixed = self._of_positions(absorption, state, cu_seqlens).to(wide)
+                fixed = self._of_positions(absorption.shape[1], state, cu_seqlens, segment).to(wide)
                 fixed = fixed if sites == 1 else fixed.repeat_interleave(sites, dim=-1)
                 delta = delta + self.position_scale.to(wide) * fixed[..., None]
             lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
@@ -472,11 +472,13 @@ class Mixer(nn.Module):
                 unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
         return Gates(log_decay, unit, readout, angle, features), green, free, phase
 
-    def _of_positions(self, like: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _of_positions(
+        self, time: int, state: MixerState | None, cu_seqlens: Tensor | None, segment: Segment | None
+    ) -> Tensor:
         """The fixed potential of every token [1 or batch, time]; positions count from the start of a document."""
         assert self._position_potential is not None
-        time = like.shape[1]
-        place = torch.arange(time, device=like.device)[None]
+        first = 0 if segment is None else segment.offset
+        place = torch.arange(first, first + time, device=self.position_scale.device)[None]
         start, before = 0, 0
         if state is not None:
             start = state.mix.position[:, None]
@@ -485,7 +487,7 @@ class Mixer(nn.Module):
             bounds = cu_seqlens.long()
             start = (torch.zeros_like(bounds[1:]) if state is None else state.mix.position) - bounds[:-1]
             start = torch.repeat_interleave(start, bounds.diff())[None]
-        return self._position_potential(place + start, before + time - 1)
+        return self._position_potential(place + start, before + first + time - 1)
 
     @staticmethod
     def _cayley(real: Tensor, imag: Tensor) -> Tensor:
