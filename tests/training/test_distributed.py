@@ -79,6 +79,19 @@ def test_batches_that_cannot_be_shared_evenly_are_refused():
         share_out([packed] * 2, of(0, 4))
 
 
+def test_ranks_of_a_context_get_segments_of_the_same_rows():
+    ids = torch.arange(4 * 7).view(4, 7)
+    step = [{"input_ids": ids, "labels": ids}]
+    shares = [share_out(step, of(rank, 4), of(rank % 2, 2)) for rank in range(4)]
+    for group in range(2):
+        left, right = shares[2 * group][0], shares[2 * group + 1][0]
+        mine = ids[2 * group : 2 * group + 2]
+        assert torch.equal(torch.cat((left["input_ids"], right["input_ids"]), 1), mine)
+        assert torch.equal(torch.cat((left["labels"][:, 1:], right["labels"][:, 1:]), 1), mine[:, 1:])
+    with pytest.raises(ConfigError, match="2 groups of 3 ranks cannot share 1 batches of 3 rows evenly"):
+        share_out([{"input_ids": torch.zeros(3, 5)}], of(0, 6), of(0, 3))
+
+
 def test_options_of_fsdp_need_fsdp():
     with pytest.raises(ConfigError, match=r"distributed.cpu_offload is True, which only distributed.strategy fsdp"):
         DistributedConfig(cpu_offload=True)

@@ -113,6 +113,8 @@ class DistributedConfig:
     """fsdp: dtype in which gradients are summed over the ranks."""
     cpu_offload: bool = False
     """fsdp: keep parameters, gradients and optimizer state in the processor's memory."""
+    context_parallel: int = 1
+    """Neighbouring ranks that share every sequence, each with a segment of it; must divide the number of ranks."""
     timeout_seconds: int = 1800
     """How long a rank waits for the others before the run fails."""
 
@@ -123,8 +125,9 @@ class DistributedConfig:
         for name in ("gather_dtype", "reduce_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ConfigError(f"distributed.{name} is {getattr(self, name)!r}; expected float32 or bfloat16.")
-        if self.timeout_seconds < 1:
-            raise ConfigError(f"distributed.timeout_seconds is {self.timeout_seconds}; expected a whole number >= 1.")
+        for name in ("context_parallel", "timeout_seconds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"distributed.{name} is {getattr(self, name)}; expected a whole number >= 1.")
         for name, default in (
             ("reshard_after_forward", True),
             ("gather_dtype", "float32"),

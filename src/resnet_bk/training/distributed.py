@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_bk.errors import ConfigError
 from resnet_bk.training.config import DistributedConfig
+from resnet_bk.training.context_parallel import ContextGroup, context_group, split_batch
 from resnet_bk.training.random_state import seed_everything
 from resnet_bk.training.ranks import Ranks
 
@@ -49,6 +50,7 @@ class Engine:
     Attributes:
         model: the model itself. Under FSDP its parameters are DTensors, and only `forward` may be called on it.
         sharded: whether it is under FSDP.
+        context: the ranks that share this one's sequences; None where each sequence is on one rank.
     """
 
     def __init__(self, model: Any, config: DistributedConfig, ranks: Ranks, *, seed: int) -> None:
@@ -56,6 +58,7 @@ class Engine:
         self._model_class = type(model)  # `fully_shard` gives the model another
         self.ranks = ranks
         self.sharded = config.strategy == "fsdp"
+        self.context = context_group(config.context_parallel) if min(config.context_parallel, ranks.size) > 1 else None
         self._keeps_parameters = self.sharded and not config.reshard_after_forward
         empty = any(parameter.is_meta for parameter in model.parameters())
         if self.sharded:
@@ -86,7 +89,8 @@ class Engine:
         if weight == 0:
             # The model refuses a batch without targets; any will do.
             arguments = {"input_ids": arguments["input_ids"], "labels": arguments["input_ids"]}
-        return self.forward(**arguments).loss * weight
+        shared = {} if self.context is None else {"group": self.context}
+        return self.forward(**arguments, **shared).loss * weight
 
     def backward(self, loss: Tensor) -> None:
         """Add this rank's gradients; DDP and FSDP divide the sum over ranks by their number, which is undone here."""
@@ -164,30 +168,35 @@ def spread_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, model.placements, src_data_rank=None).to(model.device)
 
 
-def share_out(batches: list[dict[str, Tensor]], ranks: Ranks) -> list[dict[str, Tensor]]:
+def share_out(
+    batches: list[dict[str, Tensor]], ranks: Ranks, context: ContextGroup | None = None
+) -> list[dict[str, Tensor]]:
     """The parts of one step's batches that this rank computes; the same number on every rank.
 
     Whole batches are dealt out where their number allows it, so that a step takes fewer passes; what ranks remain
-    share the rows of each batch.
+    share the rows of each batch. Ranks of one `context` get the same rows, and each its segment of them.
 
     Raises:
         ConfigError: batches and rows that the ranks cannot share evenly.
     """
-    dealt = math.gcd(len(batches), ranks.size)
-    sharers = ranks.size // dealt
+    together = 1 if context is None else context.size
+    rank, size = ranks.rank // together, ranks.size // together
+    dealt = math.gcd(len(batches), size)
+    sharers = size // dealt
     parts = []
-    for batch in batches[ranks.rank // sharers :: dealt]:
+    for batch in batches[rank // sharers :: dealt]:
         rows = batch["input_ids"].shape[0]
         if rows % sharers or (sharers > 1 and "cu_seqlens" in batch):
             what = "packed documents in 1 row" if "cu_seqlens" in batch else f"{rows} rows"
+            who = f"{size} ranks" if context is None else f"{size} groups of {together} ranks"
             raise ConfigError(
-                f"{ranks.size} ranks cannot share {len(batches)} batches of {what} evenly. Choose "
+                f"{who} cannot share {len(batches)} batches of {what} evenly. Choose "
                 "training.gradient_accumulation_steps, or else that times training.batch_size, as a multiple of the "
-                "number of ranks."
+                f"number of {'ranks' if context is None else 'groups'}."
             )
-        length, place = rows // sharers, ranks.rank % sharers
+        length, place = rows // sharers, rank % sharers
         parts.append(batch if sharers == 1 else {n: t[place * length : (place + 1) * length] for n, t in batch.items()})
-    return parts
+    return parts if context is None else [split_batch(part, context) for part in parts]
 
 
 def _shard(model: Any, config: DistributedConfig, ranks: Ranks) -> None:

@@ -222,7 +222,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts = [(part, count_targets(part)) for part in share_out(batches, self.ranks)]
+        parts = [(part, count_targets(part)) for part in share_out(batches, self.ranks, self.engine.context)]
         if self.ranks.size == 1:
             parts = [(part, count) for part, count in parts if count]
         for number, (part, count) in enumerate(parts, start=1):
