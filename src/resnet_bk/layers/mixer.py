@@ -131,8 +131,9 @@ class Mixer(nn.Module):
         self.absorption_bias.copy_(inverse_softplus)
         if config.source != "unit":
             self.source_bias.copy_(inverse_softplus if config.source == "free" else torch.zeros(heads))
-        for ones in (self.query_bias, self.key_bias, self.skip, self.norm_weight):
+        for ones in (self.query_bias, self.key_bias, self.norm_weight):
             ones.fill_(1.0)
+        self.skip.fill_(config.skip_start)
         if config.dynamics != "decay_only":
             self.potential_scale.fill_(config.potential_start)
             reach = config.energy_range

@@ -76,6 +76,8 @@ class ModelConfig:
     energy_range: float = 1.5
     """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping; with three sites a
     token at 1 and -1 in turn, where three quiet sites are the identity."""
+    skip_start: float = 1.0
+    """Start of every head's direct path from a token to its own output, beside which the memory is added."""
     rotary_base: float = 10000.0
     """Ratio of the largest to the smallest rotary wavelength."""
     tie_embeddings: bool = True
@@ -101,7 +103,7 @@ class ModelConfig:
             raise ConfigError(f"model.absorption_start is {self.absorption_start!r}; expected a number in (0, 0.1].")
         if not math.isfinite(self.potential_start):
             raise ConfigError(f"model.potential_start is {self.potential_start!r}; expected a finite number.")
-        for name in ("energy_range", "position_epsilon"):
+        for name in ("energy_range", "position_epsilon", "skip_start"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a finite number >= 0.")
         if self.position_potential != "none" and self.dynamics == "decay_only":
