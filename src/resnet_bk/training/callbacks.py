@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from resnet_bk.errors import DataError
 
@@ -72,14 +72,7 @@ class MetricsFile(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Open the file with the rows up to the current step kept."""
-        path = trainer.output_dir / METRICS_FILE
-        # A run that starts at step 0 in this folder left no checkpoint to continue: its rows go.
-        rows = complete_rows(path) if trainer.step and path.exists() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.step]
-        temporary = path.with_name(f".partial-{METRICS_FILE}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_rows(trainer.output_dir / METRICS_FILE, trainer.step)
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """Write the row through to the system."""
@@ -177,6 +170,26 @@ def _describe(row: dict[str, Any]) -> str:
     bits = "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits per byte"
     perplexity = "beyond float64" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
     return f"validation loss {row['loss']:.4f}  perplexity {perplexity}{bits}"
+
+
+def open_rows_of(trainer: Trainer, name: str) -> TextIO:
+    """`open_rows` for the file `name` of a run on rank 0; on the other ranks, a file that keeps nothing."""
+    if not trainer.ranks.is_main:
+        return open(os.devnull, "w", encoding="utf-8")
+    return open_rows(trainer.output_dir / name, trainer.step)
+
+
+def open_rows(path: Path, step: int) -> TextIO:
+    """A file of rows, open for more; of the rows in it, those up to `step` are kept.
+
+    A run that starts at step 0 in this folder left no checkpoint to continue: its rows go.
+    """
+    rows = complete_rows(path) if step and path.exists() else []
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    temporary = path.with_name(f".partial-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def complete_rows(path: Path) -> list[dict[str, Any]]:

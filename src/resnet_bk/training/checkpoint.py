@@ -98,6 +98,15 @@ def write_training_checkpoint(
     return final
 
 
+def remove_checkpoints_after(output_dir: Path, step: int) -> None:
+    """Delete the checkpoints of steps beyond `step`."""
+    for folder in list_checkpoints(output_dir):
+        if int(folder.name.removeprefix("step-")) > step:
+            # Renamed first: a kill while deleting must not leave half a checkpoint under a valid name.
+            folder.rename(output_dir / f"{folder.name}{_PARTIAL}")
+    _remove_partial(output_dir)
+
+
 def read_trainer_state(folder: str | Path) -> dict[str, Any]:
     """The JSON state of a training checkpoint.
 

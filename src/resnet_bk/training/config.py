@@ -8,6 +8,7 @@ from typing import Literal
 from resnet_bk.data.config import DataConfig
 from resnet_bk.errors import ConfigError
 from resnet_bk.models.config import ModelConfig
+from resnet_bk.training.stability.config import StabilityConfig
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,4 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)

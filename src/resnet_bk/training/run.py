@@ -17,6 +17,7 @@ from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.callbacks import METRICS_FILE, Callback
 from resnet_bk.training.config import RunConfig
 from resnet_bk.training.ranks import join_ranks
+from resnet_bk.training.stability.callbacks import stability_callbacks
 from resnet_bk.training.trainer import Trainer, TrainingResult
 
 CURVE_FILE = "loss.png"
@@ -69,7 +70,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         validation=corpus.validation.tokens,
         tokenizer=corpus.tokenizer,
         data_config=config.data,
-        callbacks=callbacks,
+        callbacks=[*stability_callbacks(config.stability, config.model, corpus.validation.tokens), *callbacks],
         progress=progress,
     )
     progress = progress and ranks.is_main

@@ -18,7 +18,7 @@ from resnet_bk.errors import ConfigError, DomainError, ShapeError
 from resnet_bk.layers.mixer import Mixer
 from resnet_bk.ops.resolvent import GreenState, causal_resolvent, decaying_root
 from resnet_bk.theory.spectral_monitor import MediumReport, clip_factors, medium_report, schatten_bound
-from resnet_bk.training.callbacks import Callback, complete_rows
+from resnet_bk.training.callbacks import Callback, open_rows_of
 
 if TYPE_CHECKING:
     from resnet_bk.training.trainer import Trainer
@@ -126,13 +126,15 @@ class SpectralMonitor(Callback):
             raise ConfigError("the model has no layer with a resolvent; expected at least one: leave the monitor out.")
         if self.limit is not None and trainer.model.config.dynamics == "decay_only":
             raise ConfigError("limit is set, but model.dynamics 'decay_only' has no potential to clip; leave it out.")
-        path = Path(trainer.output_dir) / SPECTRAL_FILE
-        rows = complete_rows(path) if trainer.step and path.exists() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.step]
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        if not kept:
+        self._file = open_rows_of(trainer, SPECTRAL_FILE)
+        # Asked of rank 0 for all: the ranks of a sharded model measure together.
+        if trainer.ranks.on_main(lambda: not (Path(trainer.output_dir) / SPECTRAL_FILE).stat().st_size):
             self._write(trainer)
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Drop the rows beyond the current step."""
+        self._file.close()
+        self._file = open_rows_of(trainer, SPECTRAL_FILE)
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Measure, clip if asked to, and write a row when one is due."""
@@ -144,7 +146,8 @@ class SpectralMonitor(Callback):
         self._file.close()
 
     def _write(self, trainer: Trainer) -> None:
-        media = probe_media(trainer.model, self.probe)
+        with trainer.engine.evaluating() as model:
+            media = probe_media(model, self.probe)
         self.reports = {layer: medium_report(*medium) for layer, medium in media.items()}
         layers = []
         for layer, report in self.reports.items():

@@ -34,6 +34,7 @@ from resnet_bk.training.checkpoint import (
     latest_checkpoint,
     load_training_tensors,
     read_trainer_state,
+    remove_checkpoints_after,
     write_training_checkpoint,
 )
 from resnet_bk.training.config import DistributedConfig, TrainingConfig
@@ -44,6 +45,7 @@ from resnet_bk.training.optimizer import build_optimizer, optimizer_tensors, par
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
 from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.schedules import learning_rate_at
+from resnet_bk.training.stability.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,18 @@ class Trainer:
             )
             self._call("on_checkpoint", self._checkpoint)
         return self._checkpoint
+
+    def roll_back(self, place: Snapshot | Path) -> None:
+        """Continue from a snapshot in memory or a checkpoint, as if the steps since had not been.
+
+        Checkpoints newer than `place`, if that is one, are removed: they are of an abandoned branch.
+        """
+        if isinstance(place, Path):
+            self._resume(place)
+            self.ranks.on_main(lambda: remove_checkpoints_after(self.output_dir, self.step))
+        else:
+            place.restore(self)
+        self._call("on_rollback")
 
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulation_steps` batches."""

@@ -1,0 +1,46 @@
+"""The callbacks that a `StabilityConfig` asks for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from resnet_bk.evaluation.perplexity import Tokens
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.training.callbacks import Callback
+from resnet_bk.training.spectral import SpectralMonitor
+from resnet_bk.training.stability.absorption import EpsilonSchedule
+from resnet_bk.training.stability.config import StabilityConfig
+from resnet_bk.training.stability.monitor import StabilityMonitor
+from resnet_bk.training.stability.recovery import AutoRecovery
+
+
+def stability_callbacks(config: StabilityConfig, model: ModelConfig, validation: Tokens) -> list[Callback]:
+    """The callbacks of a run, in the order in which they work; none by default.
+
+    Args:
+        config: what is asked for.
+        model: a model without a resolvent layer gets no probe of media.
+        validation: token ids [N]; the first `probe_tokens` of them are the probe.
+    """
+    found: list[Callback] = []
+    if config.absorption_start is not None:
+        found.append(
+            EpsilonSchedule(config.absorption_start, share=config.absorption_share, shape=config.absorption_shape)
+        )
+    probe = torch.from_numpy(np.asarray(validation[: config.probe_tokens]).astype(np.int64))[None]
+    if config.monitor or config.recovery:
+        found.append(StabilityMonitor(config, probe if "resolvent" in model.mixers else None))
+    if config.spectral_every:
+        found.append(SpectralMonitor(probe, every=config.spectral_every))
+    if config.recovery:
+        found.append(
+            AutoRecovery(
+                tries=config.tries,
+                learning_rate_factor=config.learning_rate_factor,
+                calm_steps=config.calm_steps,
+                snapshot_every=config.snapshot_every,
+                snapshots=config.snapshots,
+            )
+        )
+    return found

@@ -1,0 +1,82 @@
+"""A training run's state at one step, kept in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from resnet_bk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from resnet_bk.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Parameters, optimizer and everything else that continues a run; tensors are copies in the machine's memory.
+
+    Of a sharded model every rank keeps its own shards.
+    """
+
+    step: int
+    parameters: list[Tensor]
+    optimizer: list[dict[str, Any]]
+    """One state a parameter; empty for one that never had a gradient."""
+    run: str
+    """JSON of `Trainer.run_state`."""
+
+    @classmethod
+    @torch.no_grad()
+    def take(cls, trainer: Trainer) -> Snapshot:
+        """The present state of a run. Every rank must call.
+
+        Raises:
+            ConfigError: an optimizer that keeps its state elsewhere than in `optimizer.state`.
+
+        Cost: one copy of parameters and optimizer state to the machine's memory.
+        """
+        state = trainer.optimizer.state
+        if trainer.step and not state:
+            raise ConfigError(
+                f"stability.snapshot_every needs the state of {type(trainer.optimizer).__name__} in optimizer.state, "
+                "where there is none; set it to 0 and go back to checkpoints."
+            )
+        parameters = list(trainer.model.parameters())
+        return cls(
+            trainer.step,
+            [_copied(parameter) for parameter in parameters],
+            [{name: _copied(value) for name, value in state.get(p, {}).items()} for p in parameters],
+            json.dumps(trainer.run_state()),
+        )
+
+    @torch.no_grad()
+    def restore(self, trainer: Trainer) -> None:
+        """Put the run back to this state, in place; the snapshot can be used again."""
+        trainer.load_run_state(json.loads(self.run))
+        parameters = trainer.model.parameters()
+        for parameter, saved, held in zip(parameters, self.parameters, self.optimizer, strict=True):
+            _local(parameter).copy_(saved)
+            if not held:
+                trainer.optimizer.state.pop(parameter, None)
+                continue
+            state = trainer.optimizer.state[parameter]
+            for name, value in held.items():
+                if isinstance(value, Tensor):
+                    _local(state[name]).copy_(value)
+                else:
+                    state[name] = value
+
+
+def _copied(value: Any) -> Any:
+    """`value`; a tensor copied to the CPU, of a sharded one this rank's part."""
+    return _local(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
