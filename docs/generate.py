@@ -19,6 +19,7 @@ from resnet_bk.cli.migration import PROTOTYPE_KEYS
 from resnet_bk.data.config import DataConfig
 from resnet_bk.models.config import PRESETS, ModelConfig
 from resnet_bk.training.config import DistributedConfig, TrainingConfig
+from resnet_bk.training.stability.config import StabilityConfig
 
 DOCS = Path(__file__).parent
 
@@ -62,6 +63,7 @@ TABLES = {
     "model": lambda: field_table(ModelConfig, "model"),
     "data": lambda: field_table(DataConfig, "data"),
     "training": lambda: field_table(TrainingConfig, "training"),
+    "stability": lambda: field_table(StabilityConfig, "stability"),
     "distributed": lambda: field_table(DistributedConfig, "distributed"),
     "presets": preset_table,
     "migration": migration_table,

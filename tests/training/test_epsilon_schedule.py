@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_every_shape_moves_one_way_between_its_ends(shape) -> None:
     schedule = EpsilonSchedule(0.2, share=1.0, shape=shape)
     floors = [schedule.floor_at(step, 50, 1e-3) for step in range(50)]
     assert floors[0] == 0.2 and floors[-1] == 1e-3
-    assert all(a > b for a, b in zip(floors[:-1], floors[1:], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(floors))
     assert EpsilonSchedule(0.2, share=0.01).floor_at(1, 50, 1e-3) == 1e-3
 
 

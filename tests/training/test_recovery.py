@@ -111,7 +111,7 @@ def test_a_fault_is_found_rolled_back_and_passed_over(tmp_path, clean: float, fa
     assert max(row["loss"] for row in rows[40:]) < rows[0]["loss"]
     # The rate is halved before the fault, returns over the calm steps, and then is the schedule's.
     whole = TrainingConfig(steps=STEPS, learning_rate=RATE, minimum_learning_rate_ratio=0, warmup_steps=5)
-    ratios = [row["learning_rate"] / learning_rate_at(row["step"] - 1, whole) for row in rows]
+    ratios = [row["learning_rate"] / learning_rate_at(row["step"] - 1, whole) for row in rows[:-1]]
     assert ratios[39] == 1 and ratios[41] == pytest.approx(0.5) and 0.5 < ratios[60] < 1 and ratios[-1] == 1
 
 

@@ -13,6 +13,7 @@ from resnet_bk import LanguageModel, ModelConfig, RunConfig, TrainingConfig
 from resnet_bk.data.config import DataConfig
 from resnet_bk.errors import CheckpointError
 from resnet_bk.training.run import train_run, validation_baselines
+from resnet_bk.training.stability.config import StabilityConfig
 
 
 @pytest.fixture
@@ -93,3 +94,20 @@ def test_baselines_are_of_the_evaluated_text(config):
     expected = -np.log2(counts / counts.sum())[tokens].sum() / len(text)
     assert found["unigram"] == pytest.approx(expected, rel=1e-12) and math.isfinite(expected)
     assert found["xz"] == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+
+
+def test_the_section_stability_brings_its_callbacks_and_a_spike_is_survived(config):
+    stability = StabilityConfig(recovery=True, every=20, spectral_every=30, absorption_start=0.05, snapshot_every=20)
+    result = train_run(dataclasses.replace(config, stability=stability), progress=False)
+    assert result.training.step == 60
+    folder = result.training.checkpoint.parent
+    rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("stability", "spectral", "recovery")}  # fmt: skip
+    assert [row["step"] for row in rows["stability"] if row["kind"] == "stability"] == [20, 40, 60]
+    assert [row["step"] for row in rows["spectral"]] == [0, 30, 60]
+    assert rows["recovery"] == []
+    assert (
+        rows["spectral"][0]["layers"][0]["smallest_absorption"]
+        < rows["spectral"][1]["layers"][0]["smallest_absorption"]
+    )
+    assert result.model.config == config.model

@@ -71,7 +71,9 @@ def run_parser(command: str, description: str, arguments: Sequence[str]) -> Pars
         usage=f"resnet-bk {command} --config FILE [--section.key VALUE ...]",
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file with the sections model, data, training and distributed."
+        "--config",
+        action="config",
+        help="YAML file with the sections model, data, training, distributed and stability.",
     )
     _add_preset(parser)
     parser.add_class_arguments(RunConfig, as_group=True)

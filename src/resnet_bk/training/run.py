@@ -70,7 +70,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         validation=corpus.validation.tokens,
         tokenizer=corpus.tokenizer,
         data_config=config.data,
-        callbacks=[*stability_callbacks(config.stability, config.model, corpus.validation.tokens), *callbacks],
+        callbacks=[*stability_callbacks(config, corpus.validation.tokens), *callbacks],
         progress=progress,
     )
     progress = progress and ranks.is_main

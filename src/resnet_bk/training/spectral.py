@@ -122,6 +122,8 @@ class SpectralMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Keep the rows up to the current step, and write one for it if a new run starts here."""
+        if trainer.engine.sharded:
+            raise ConfigError("a probe needs whole parameters; set distributed.strategy ddp, or leave the monitor out.")
         if not _mixers(trainer.model):
             raise ConfigError("the model has no layer with a resolvent; expected at least one: leave the monitor out.")
         if self.limit is not None and trainer.model.config.dynamics == "decay_only":
@@ -146,8 +148,7 @@ class SpectralMonitor(Callback):
         self._file.close()
 
     def _write(self, trainer: Trainer) -> None:
-        with trainer.engine.evaluating() as model:
-            media = probe_media(model, self.probe)
+        media = probe_media(trainer.model, self.probe)
         self.reports = {layer: medium_report(*medium) for layer, medium in media.items()}
         layers = []
         for layer, report in self.reports.items():

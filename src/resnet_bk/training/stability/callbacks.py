@@ -1,4 +1,4 @@
-"""The callbacks that a `StabilityConfig` asks for."""
+"""The callbacks that the section `stability` of a run asks for."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import numpy as np
 import torch
 
 from resnet_bk.evaluation.perplexity import Tokens
-from resnet_bk.models.config import ModelConfig
 from resnet_bk.training.callbacks import Callback
+from resnet_bk.training.config import RunConfig
 from resnet_bk.training.spectral import SpectralMonitor
 from resnet_bk.training.stability.absorption import EpsilonSchedule
-from resnet_bk.training.stability.config import StabilityConfig
 from resnet_bk.training.stability.monitor import StabilityMonitor
 from resnet_bk.training.stability.recovery import AutoRecovery
 
 
-def stability_callbacks(config: StabilityConfig, model: ModelConfig, validation: Tokens) -> list[Callback]:
+def stability_callbacks(run: RunConfig, validation: Tokens) -> list[Callback]:
     """The callbacks of a run, in the order in which they work; none by default.
 
     Args:
-        config: what is asked for.
-        model: a model without a resolvent layer gets no probe of media.
+        run: what is asked for. The monitor looks at no media where there is no resolvent layer, or the model is
+            sharded (fsdp).
         validation: token ids [N]; the first `probe_tokens` of them are the probe.
     """
+    config = run.stability
     found: list[Callback] = []
     if config.absorption_start is not None:
         found.append(
@@ -30,7 +30,8 @@ def stability_callbacks(config: StabilityConfig, model: ModelConfig, validation:
         )
     probe = torch.from_numpy(np.asarray(validation[: config.probe_tokens]).astype(np.int64))[None]
     if config.monitor or config.recovery:
-        found.append(StabilityMonitor(config, probe if "resolvent" in model.mixers else None))
+        media = "resolvent" in run.model.mixers and run.distributed.strategy != "fsdp"
+        found.append(StabilityMonitor(config, probe if media else None))
     if config.spectral_every:
         found.append(SpectralMonitor(probe, every=config.spectral_every))
     if config.recovery:

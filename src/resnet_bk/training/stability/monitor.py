@@ -66,6 +66,8 @@ class StabilityMonitor(Callback):
         """Open the file with the rows up to the current step kept."""
         if self.probe is not None and not any(isinstance(module, Mixer) for module in trainer.model.modules()):
             raise ConfigError("the model has no layer with a resolvent; leave the probe out.")
+        if self.probe is not None and trainer.engine.sharded:
+            raise ConfigError("a probe needs whole parameters; set distributed.strategy ddp, or leave the probe out.")
         self._file = open_rows_of(trainer, STABILITY_FILE)
 
     def on_rollback(self, trainer: Trainer) -> None:
@@ -143,8 +145,7 @@ class StabilityMonitor(Callback):
         if self.probe is None:
             return []
         try:
-            with trainer.engine.evaluating() as model:
-                media = probe_media(model, self.probe)
+            media = probe_media(trainer.model, self.probe)
         except DomainError as error:
             raise InstabilityError(f"Training step {trainer.step + 1}, media of the probe: {error}") from error
         layers = []
