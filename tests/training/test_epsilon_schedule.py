@@ -12,7 +12,7 @@ from resnet_bk import LanguageModel, Trainer
 from resnet_bk.errors import ConfigError
 from resnet_bk.training.callbacks import Callback
 from resnet_bk.training.spectral import probe_media
-from resnet_bk.training.stability.absorption import EpsilonSchedule
+from resnet_bk.training.stability.epsilon import EpsilonSchedule
 
 PROBE = torch.arange(24).reshape(2, 12) % 13
 
@@ -54,7 +54,7 @@ def test_the_floor_falls_to_the_models_own_and_the_mixers_use_it(tiny, tmp_path)
 
 def test_a_resumed_run_has_the_floor_of_its_step(tiny, tmp_path) -> None:
     whole, expected = run(tiny, str(tmp_path / "whole"))
-    floor = EpsilonSchedule(0.1, share=0.5).floor_at
+    floor = EpsilonSchedule(0.1, share=0.5).value_at
     assert expected.floors == [floor(step, 8, 1e-3) for step in range(8)]
 
     # The schedule is a share of the steps, so a resumed run keeps its floors if it keeps its steps.
@@ -74,19 +74,39 @@ def test_a_resumed_run_has_the_floor_of_its_step(tiny, tmp_path) -> None:
 @pytest.mark.parametrize("shape", ["linear", "cosine", "geometric"])
 def test_every_shape_moves_one_way_between_its_ends(shape) -> None:
     schedule = EpsilonSchedule(0.2, share=1.0, shape=shape)
-    floors = [schedule.floor_at(step, 50, 1e-3) for step in range(50)]
+    floors = [schedule.value_at(step, 50, 1e-3) for step in range(50)]
     assert floors[0] == 0.2 and floors[-1] == 1e-3
     assert all(a > b for a, b in itertools.pairwise(floors))
-    assert EpsilonSchedule(0.2, share=0.01).floor_at(1, 50, 1e-3) == 1e-3
+    assert EpsilonSchedule(0.2, share=0.01).value_at(1, 50, 1e-3) == 1e-3
 
 
 def test_bad_numbers_are_named(tiny) -> None:
     for start in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match="start is"):
             EpsilonSchedule(start)
+    with pytest.raises(ConfigError, match="field is 'epsilon'"):
+        EpsilonSchedule(0.1, field="epsilon")
+    config = tiny.config(output_dir=tiny.config().output_dir + "none")
+    bare = EpsilonSchedule(0.5, field="position_epsilon")
+    with pytest.raises(ConfigError, match=r"model\.position_potential is 'none', which has no exponent"):
+        Trainer(tiny.model(), tiny.loader(), config, callbacks=[bare], progress=False).train()
     with pytest.raises(ConfigError, match="share is 0"):
         EpsilonSchedule(0.1, share=0)
     plain = tiny.model(mixer="attention", attention_head_dim=8)
     trainer = Trainer(plain, tiny.loader(), tiny.config(), callbacks=[EpsilonSchedule(0.1)], progress=False)
     with pytest.raises(ConfigError, match="no layer with a resolvent"):
         trainer.train()
+
+
+def test_the_exponent_of_the_prime_bumps_moves_too(tiny) -> None:
+    model = tiny.model(position_potential="prime_bump", position_epsilon=0.25)
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, trainer) -> None:
+            seen.append(trainer.model.blocks[1].mixer._position_potential(torch.tensor([6]), 6).item())
+
+    callbacks = [EpsilonSchedule(1.0, field="position_epsilon", share=1.0, shape="linear"), Look()]
+    Trainer(model, tiny.loader(), tiny.config(steps=4), callbacks=callbacks, progress=False).train()
+    # Position 6 is the prime 7.
+    assert seen == pytest.approx([math.log(7) / 7 ** (0.5 + eps) for eps in (1.0, 0.75, 0.5, 0.25)], rel=1e-6)

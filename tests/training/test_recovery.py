@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RandomLoader, tiny_model
+from training_cases import RandomLoader, tiny_model
 
 from resnet_bk import Trainer, TrainingConfig
 from resnet_bk.errors import ConfigError, InstabilityError, RecoveryError

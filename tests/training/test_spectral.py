@@ -29,7 +29,17 @@ def loud(model, scale: float = 20.0):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel": "transmission"}, {"boundary": "wall"}, {"sites_per_token": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": "transmission"},
+        {"boundary": "wall"},
+        {"sites_per_token": 3},
+        {"position_potential": "prime_bump"},
+        {"position_potential": "prime_bump", "sites_per_token": 3},
+    ],
+)
 def test_the_media_are_those_of_the_mixer(tiny, options: dict) -> None:
     model = loud(tiny.model(**options), 1.0)
     media = probe_media(model, PROBE)

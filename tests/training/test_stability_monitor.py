@@ -145,8 +145,8 @@ def test_a_resumed_run_judges_and_writes_as_an_unbroken_one(tiny, tmp_path) -> N
 @pytest.mark.parametrize(
     ("field", "value"),
     [("every", 0), ("window", 2), ("least_steps", 65), ("loss_score", -1.0), ("gradient_score", math.inf), ("tries", 0),
-     ("learning_rate_factor", 0.0), ("absorption_share", 1.5), ("absorption_start", 0.0), ("on_spike", "sing"),
-     ("absorption_shape", "square")],
+     ("learning_rate_factor", 0.0), ("epsilon_share", 1.5), ("absorption_start", 0.0), ("on_spike", "sing"),
+     ("epsilon_shape", "square")],
 )  # fmt: skip
 def test_bad_fields_are_named(field: str, value) -> None:
     with pytest.raises(ConfigError, match=rf"stability\.({field}|window) is "):

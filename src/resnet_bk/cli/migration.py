@@ -20,7 +20,7 @@ PROTOTYPE_KEYS: dict[str, str] = {
     "dropout_p": "use model.dropout",
     "epsilon": "use model.absorption_floor, the smallest imaginary part of the spectral parameter",
     "epsilon_schedule": "use stability.absorption_start, from which the floor moves to model.absorption_floor",
-    "epsilon_anneal_steps": "use stability.absorption_share, a share of training.steps",
+    "epsilon_anneal_steps": "use stability.epsilon_share, a share of training.steps",
     "use_semiseparable": "leave it out: the mixing is always semiseparable",
     "low_rank": "use model.state_size",
     "use_birman_schwinger": "use model.dynamics to choose where the decay comes from",

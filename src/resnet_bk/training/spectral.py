@@ -195,6 +195,10 @@ def _medium(mixer: Mixer, projection: Tensor) -> Medium:
         return Medium(potential, absorption, *decaying_root(potential, absorption))
     energy = mixer.energy.to(wide)
     potential = mixer.potential_scale.to(wide) * raw.unflatten(-1, (config.sites_per_token, -1)).flatten(1, 2).to(wide)
+    if config.position_potential != "none":
+        fixed = mixer._of_positions(shift.shape[1], None, None, None).to(wide)
+        fixed = fixed.repeat_interleave(config.sites_per_token, dim=-1)
+        potential = potential + mixer.position_scale.to(wide) * fixed[..., None]
     absorption = absorption.repeat_interleave(config.sites_per_token, dim=1)
     if config.dynamics == "semiclassical":
         return Medium(potential, absorption, *decaying_root(potential - energy, absorption))

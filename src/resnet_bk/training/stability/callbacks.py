@@ -9,7 +9,7 @@ from resnet_bk.evaluation.perplexity import Tokens
 from resnet_bk.training.callbacks import Callback
 from resnet_bk.training.config import RunConfig
 from resnet_bk.training.spectral import SpectralMonitor
-from resnet_bk.training.stability.absorption import EpsilonSchedule
+from resnet_bk.training.stability.epsilon import EpsilonSchedule
 from resnet_bk.training.stability.monitor import StabilityMonitor
 from resnet_bk.training.stability.recovery import AutoRecovery
 
@@ -24,10 +24,12 @@ def stability_callbacks(run: RunConfig, validation: Tokens) -> list[Callback]:
     """
     config = run.stability
     found: list[Callback] = []
-    if config.absorption_start is not None:
-        found.append(
-            EpsilonSchedule(config.absorption_start, share=config.absorption_share, shape=config.absorption_shape)
-        )
+    for field, start in (
+        ("absorption_floor", config.absorption_start),
+        ("position_epsilon", config.position_epsilon_start),
+    ):
+        if start is not None:
+            found.append(EpsilonSchedule(start, field=field, share=config.epsilon_share, shape=config.epsilon_shape))
     probe = torch.from_numpy(np.asarray(validation[: config.probe_tokens]).astype(np.int64))[None]
     if config.monitor or config.recovery:
         media = "resolvent" in run.model.mixers and run.distributed.strategy != "fsdp"

@@ -11,7 +11,7 @@ from resnet_bk.errors import ConfigError
 
 @dataclass(frozen=True)
 class StabilityConfig:
-    """Monitors, recovery and the schedule of the absorption floor. Steps are optimizer steps."""
+    """Monitors, recovery and the schedules of the medium. Steps are optimizer steps."""
 
     monitor: bool = False
     """Write `stability.jsonl`: scores of loss and gradient norm, update over weight, the media of a probe."""
@@ -46,10 +46,12 @@ class StabilityConfig:
     """Steps between rows of `spectral.jsonl`, the Schatten bounds of every layer's media; 0 writes none."""
     absorption_start: float | None = None
     """Absorption floor at the first step, moved to `model.absorption_floor`; None keeps it where it is."""
-    absorption_shape: Literal["linear", "cosine", "geometric"] = "geometric"
-    """How the floor moves."""
-    absorption_share: float = 0.5
-    """Share of the run over which it moves."""
+    position_epsilon_start: float | None = None
+    """Exponent of the prime bumps at the first step, moved to `model.position_epsilon`; None keeps it where it is."""
+    epsilon_shape: Literal["linear", "cosine", "geometric"] = "geometric"
+    """How floor and exponent move."""
+    epsilon_share: float = 0.5
+    """Share of the run over which they move."""
 
     def __post_init__(self) -> None:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
@@ -64,16 +66,16 @@ class StabilityConfig:
                 f"stability.window is {self.window!r}; expected at least 3 and stability.least_steps, "
                 f"{self.least_steps}."
             )
-        for name in ("learning_rate_factor", "absorption_share"):
+        for name in ("learning_rate_factor", "epsilon_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"stability.{name} is {getattr(self, name)!r}; expected a number in (0, 1].")
-        if self.absorption_start is not None and not 0 < self.absorption_start < math.inf:
-            raise ConfigError(
-                f"stability.absorption_start is {self.absorption_start!r}; expected null or a finite number > 0."
-            )
+        for name in ("absorption_start", "position_epsilon_start"):
+            start = getattr(self, name)
+            if start is not None and not 0 < start < math.inf:
+                raise ConfigError(f"stability.{name} is {start!r}; expected null or a finite number > 0.")
         for name, options in (
             ("on_spike", ("log", "stop")),
-            ("absorption_shape", ("linear", "cosine", "geometric")),
+            ("epsilon_shape", ("linear", "cosine", "geometric")),
         ):
             if getattr(self, name) not in options:
                 raise ConfigError(f"stability.{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}.")
