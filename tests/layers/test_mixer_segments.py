@@ -25,6 +25,8 @@ OPTIONS = [
     dict(peierls_pairs=3),
     dict(peierls_pairs=2, phase_coupling=True, kernel="transmission", source="unit"),
     dict(kernel="green", source="free", boundary="wall"),
+    dict(position_potential="prime_bump"),
+    dict(position_potential="shuffled", sites_per_token=3),
 ]
 SPLITS = [[41, 41, 41], [1, 70, 2, 50], [64, 59], [123]]
 every_option = pytest.mark.parametrize(
