@@ -27,7 +27,10 @@ DOCS = Path(__file__).parent
 def field_table(config: type, section: str) -> str:
     """The fields of a configuration dataclass: key, default, and the docstring below the field."""
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
     types = typing.get_type_hints(config)
     (body,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(body, ast.ClassDef)

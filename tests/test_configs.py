@@ -8,6 +8,7 @@ import pytest
 
 from resnet_bk.cli.arguments import parse_run_config
 from resnet_bk.models.config import PRESETS, ModelConfig
+from resnet_bk.training.curriculum import curriculum_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -47,6 +48,16 @@ def test_wikitext2_has_the_published_vocabulary():
 def test_long_context_is_long():
     training = load("long_context").training
     assert (training.sequence_length, training.batch_size) == (131072, 1)
+
+
+@pytest.mark.parametrize("length", [131072, 1048576])
+def test_long_context_can_grow_to_its_length(length):
+    config = load("long_context", "--training.sequence_length", str(length), "--training.curriculum_from", "4096")
+    stages = curriculum_stages(config.training)
+    assert stages[0].sequence_length == 4096 and stages[-1] == (None, length, 1)
+    assert {stage.sequence_length * stage.batch_size for stage in stages} == {length}
+    assert sum(stage.steps or 0 for stage in stages) <= config.training.steps // 2
+    assert config.training.evaluation_tokens >= length
 
 
 def test_overrides_win_over_the_file():

@@ -127,3 +127,12 @@ def test_every_prototype_key_is_answered_in_any_section():
     for key, answer in PROTOTYPE_KEYS.items():
         assert answer in (prototype_hint(f"model.{key}") or "") and answer in (prototype_hint(key) or "")
     assert prototype_hint("model.d_model") is None
+
+
+def test_a_list_of_stages_is_read_from_file_and_option(yaml_file):
+    file = yaml_file("model: {vocab_size: 9}\ntraining: {curriculum: [[10, 64, 8], [5, 128, 4]]}")
+    assert parse("--config", file).training.curriculum == [[10, 64, 8], [5, 128, 4]]
+    assert parse("--config", file, "--training.curriculum", "[[1, 2, 3]]").training.curriculum == [[1, 2, 3]]
+    assert "training.curriculum" in message(
+        "--config", yaml_file("model: {vocab_size: 9}\ntraining: {curriculum: [a]}")
+    )

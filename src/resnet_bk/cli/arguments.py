@@ -213,5 +213,7 @@ def describe_type(annotation: Any) -> str:
         return f"one of {', '.join(map(str, typing.get_args(annotation)))}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe_type, typing.get_args(annotation)))
+    if origin is list:
+        return f"a list, each {describe_type(*typing.get_args(annotation))}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

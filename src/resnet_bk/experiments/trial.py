@@ -39,7 +39,7 @@ DONE = "done"
 # Fields of `TrainingConfig` that this loop does not read.
 _UNUSED = (
     "output_dir", "gradient_accumulation_steps", "log_every", "evaluate_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "tensorboard", "device", "precision",
+    "keep_checkpoints", "resume", "tensorboard", "device", "precision", "curriculum", "curriculum_from",
 )  # fmt: skip
 _CHECK_EVERY = 50
 _MOST_UNSEGMENTED = 1 << 17

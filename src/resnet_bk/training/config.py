@@ -23,6 +23,11 @@ class TrainingConfig:
     """Tokens per training sequence."""
     batch_size: int = 8
     """Sequences per forward pass. Ranks share the batches of a step; more ranks do not make it larger."""
+    curriculum: list[list[int]] = field(default_factory=list)
+    """Stages before `sequence_length` and `batch_size` apply: [steps, sequence_length, batch_size] each, in order."""
+    curriculum_from: int = 0
+    """Sequence length from which stages double up to `sequence_length` over the first half of the run, with as many
+    sequences as keep the tokens of a batch; 0 trains at one length."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step; tokens per step = sequence_length * batch_size * this."""
     learning_rate: float = 2e-3
@@ -77,6 +82,19 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a whole number >= 1.")
+        for stage in self.curriculum:
+            if len(stage) != 3 or stage[0] < 1 or stage[1] < 2 or stage[2] < 1:
+                raise ConfigError(
+                    f"training.curriculum holds {stage!r}; expected [steps, sequence_length, batch_size] with at least "
+                    "1, 2 and 1."
+                )
+        if self.curriculum_from and not 2 <= self.curriculum_from <= self.sequence_length:
+            raise ConfigError(
+                f"training.curriculum_from is {self.curriculum_from}; expected 0, or a length from 2 to "
+                f"training.sequence_length, {self.sequence_length}."
+            )
+        if self.curriculum and self.curriculum_from:
+            raise ConfigError("training.curriculum and training.curriculum_from are both set; keep one of them.")
         if self.sequence_length < 2:
             raise ConfigError("training.sequence_length is 1; expected at least 2, because labels are the next tokens.")
         for name in (

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resnet_bk.data.loader import TokenLoader
 from resnet_bk.data.prepare import PreparedCorpus, prepare_corpus
 from resnet_bk.evaluation.baselines import token_counts, unigram_bits_per_byte, xz_bits_per_byte
 from resnet_bk.evaluation.plots import plot_loss_curve
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.callbacks import METRICS_FILE, Callback
 from resnet_bk.training.config import RunConfig
+from resnet_bk.training.curriculum import training_batches
 from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.stability.callbacks import stability_callbacks
 from resnet_bk.training.trainer import Trainer, TrainingResult
@@ -64,7 +64,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         model = LanguageModel(config.model)
     trainer = Trainer(
         model,
-        TokenLoader(corpus.train, training.sequence_length, training.batch_size, seed=training.seed),
+        training_batches(corpus.train, training),
         training,
         distributed=config.distributed,
         validation=corpus.validation.tokens,
