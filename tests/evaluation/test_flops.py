@@ -72,7 +72,7 @@ CASES = {
     **{mixer: dict(mixer=mixer) for mixer in MIXERS},
     "decay only": dict(dynamics="decay_only", source="unit", tie_embeddings=False),
     "phase coupling": dict(phase_coupling=True),
-    "Peierls phases": dict(peierls_pairs=8),
+    "Peierls phases": dict(peierls_pairs=8, source="free"),
     "three sites and the Green readout": dict(sites_per_token=3, green_readout=True),
     "green": dict(kernel="green", source="free", expand=3),
     "hybrid": dict(attention_every=2),

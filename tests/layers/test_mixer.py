@@ -32,7 +32,11 @@ COMBINATIONS += [
     for sites, readout, source, boundary in product((1, 3), (False, True), ("gated", "free"), ("lead", "wall"))
     if sites > 1 or readout
 ]
-COMBINATIONS += [dict(peierls_pairs=3), dict(peierls_pairs=4, sites_per_token=3, green_readout=True, source="free")]
+COMBINATIONS += [
+    dict(peierls_pairs=3, source="free"),
+    dict(peierls_pairs=4, source="free", sites_per_token=3, green_readout=True),
+    dict(peierls_pairs=1, source="free", kernel="transmission", phase_coupling=True),
+]
 COMBINATIONS += [
     dict(position_potential="prime_bump", boundary="wall"),
     dict(position_potential="shuffled", dynamics="semiclassical"),
@@ -96,12 +100,6 @@ def written_out(mixer, u):
     """Output of the mixer from its equations: one dense time-by-time kernel a head."""
     c = mixer.config
     z, x, k, q, a, e, s, *turns = mixer.in_proj(u).split(mixer.sizes, -1)
-    if turns:
-        peierls = torch.exp(1j * (torch.pi * mixer.peierls_scale * torch.tanh(turns[0])).cumsum(1))
-        peierls = torch.cat((torch.ones(*k.shape[:2], c.state_size // 2 - c.peierls_pairs), peierls), -1)
-        k, q = (normed(part, c) + bias for part, bias in zip((k, q), mixer.shared_bias, strict=True))
-        k, q = (torch.complex(*part.chunk(2, -1)) * peierls for part in (k, q))
-        k, q = (torch.cat((part.real, part.imag), -1) for part in (k, q))
     k, q = (normed(part, c) for part in (k, q))
     k, q = k[:, :, None] + mixer.key_bias, q[:, :, None] + mixer.query_bias
     eta = F.softplus(e + mixer.absorption_bias) + c.absorption_floor
@@ -146,6 +144,9 @@ def written_out(mixer, u):
     angle = place[:, None, None] * frequencies
     if c.phase_coupling:
         angle = angle + (mixer.phase_scale * (m0.angle() - m.angle()).cumsum(1))[..., None]
+    if turns:
+        step = F.softplus(s + mixer.source_bias)[..., None] * torch.pi * torch.tanh(turns[0])[:, :, None]
+        angle = angle + F.pad(step.cumsum(1), (c.state_size // 2 - c.peierls_pairs, 0))
     q, k = (torch.complex(*part.chunk(2, -1)) * torch.exp(1j * angle) for part in (q, k))
     scores = torch.einsum("bihp,bjhp->bhij", q, k.conj()).real * c.state_size**-0.5
     token = torch.eye(u.shape[1], dtype=u.dtype)

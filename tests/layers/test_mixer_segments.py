@@ -22,8 +22,8 @@ OPTIONS = [
     dict(dynamics="semiclassical", phase_coupling=True),
     dict(phase_coupling=True, source="free"),
     dict(sites_per_token=3, green_readout=True),
-    dict(peierls_pairs=3),
-    dict(peierls_pairs=2, phase_coupling=True, kernel="transmission", source="unit"),
+    dict(peierls_pairs=3, source="free"),
+    dict(peierls_pairs=2, phase_coupling=True, kernel="transmission", source="free"),
     dict(kernel="green", source="free", boundary="wall"),
     dict(position_potential="prime_bump"),
     dict(position_potential="shuffled", sites_per_token=3),
@@ -142,7 +142,7 @@ def test_float32_segments_are_as_exact_as_a_float32_whole():
 
 
 def test_without_gradients_one_token_a_rank():
-    mixer = build(dict(peierls_pairs=2))
+    mixer = build(dict(peierls_pairs=2, source="free"))
     u, state, _ = problem(mixer, True, time=3)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ CASES = {
     # Recomputing a block in the backward pass exchanges its summaries again.
     "recomputed": dict(segment_tokens=64, lengths="short"),
     "continued": dict(started=True, lengths="short"),
-    "all-phases": dict(model=dict(phase_coupling=True, peierls_pairs=2), started=True, lengths="short"),
+    "all-phases": dict(model=dict(phase_coupling=True, peierls_pairs=2, source="free"), started=True, lengths="short"),
     "sites": dict(model=dict(sites_per_token=3, green_readout=True), lengths="short"),
     "decay-only": dict(model=dict(dynamics="decay_only"), segment_tokens=64),
 }

@@ -43,7 +43,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp-context": {"distributed": {"context_parallel": 2}, "training": {"batch_size": 3}},
     "fsdp-context": {
         "distributed": {**FSDP, "context_parallel": 2}, "training": {"gradient_accumulation_steps": 3},
-        "model": {"peierls_pairs": 1, "phase_coupling": True}, "segment_tokens": 64,
+        "model": {"peierls_pairs": 1, "phase_coupling": True, "source": "free"}, "segment_tokens": 64,
     },
     "ddp-mamba2": {"model": {"mixer": "mamba2"}},
     "fsdp-mamba3": {"distributed": FSDP, "model": {"mixer": "mamba3"}},

@@ -49,7 +49,7 @@ class MixerState(NamedTuple):
     """The potential-free m0 of the last token; only with phase coupling."""
     phase: Float[Tensor, "rows heads"] | None = None
     """Sum of scattering phases so far, float64 radians; only with phase coupling."""
-    peierls: Float[Tensor, "rows pairs"] | None = None
+    peierls: Float[Tensor, "rows heads*pairs"] | None = None
     """Sum of Peierls phases so far, float64 radians in [0, 2 pi); only with data-dependent ones."""
 
 
@@ -68,7 +68,7 @@ class Gates(NamedTuple):
     readout: Tensor | None = None
     """Weight of the mixed output (green kernel only)."""
     angle: Tensor | None = None
-    """Extra rotation of queries and keys in radians (phase coupling only)."""
+    """Extra rotation of queries and keys in radians [batch, time, heads, 1 or pairs]; None is none."""
     green: Tensor | None = None
     """Green function after each token as channels of the output [batch, time, 2 heads] (green readout only)."""
 
@@ -91,8 +91,6 @@ class Mixer(nn.Module):
         self.sizes = [inner, inner, state, state, potentials, heads, heads * has_source]
         if config.peierls_pairs:
             self.sizes.append(config.peierls_pairs)
-            self.peierls_scale = nn.Parameter(torch.empty(config.peierls_pairs))
-            self.shared_bias = nn.Parameter(torch.empty(2, state))
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(inner + 2 * heads * config.green_readout, config.d_model, bias=False)
         self.query_bias = nn.Parameter(torch.empty(heads, state))
@@ -145,13 +143,6 @@ class Mixer(nn.Module):
             self.position_scale.fill_(1.0)
         if config.phase_coupling:
             self.phase_scale.zero_()
-        if config.peierls_pairs:
-            # From nearly none to half a turn a token: some pairs stay coherent over long distances, some count.
-            self.peierls_scale.copy_(10 ** torch.linspace(-2, 0, config.peierls_pairs))
-            # Constant parts of keys and queries must turn too if their phases are to be seen, so all heads share them.
-            self.shared_bias.fill_(1.0)
-            self.query_bias.zero_()
-            self.key_bias.zero_()
 
     def forward(
         self,
@@ -242,7 +233,7 @@ class Mixer(nn.Module):
         gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens, segment)
         peierls = None
         if turns:
-            key, query, peierls = self._turned(key, query, turns[0], state, cu_seqlens, segment)
+            gates, peierls = self._turned(gates, turns[0], source, state, cu_seqlens, segment)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
         out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
         if gates.green is not None:
@@ -251,31 +242,27 @@ class Mixer(nn.Module):
 
     def _turned(
         self,
-        key: Tensor,
-        query: Tensor,
+        gates: Gates,
         turn: Tensor,
+        source: Tensor,
         state: MixerState | None,
         cu_seqlens: Tensor | None,
         segment: Segment | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and queries after the Peierls phases of all tokens up to theirs, and the phases after the last token.
+    ) -> tuple[Gates, Tensor]:
+        """Gates with the Peierls phases of all tokens up to each, and the phases after the last token.
 
-        They are normed and get a bias before; the norm that follows does not see the rotation, and the biases of the
-        heads are added after it.
+        A token turns a head's keys by its weight on entry to that head times up to half a turn: a token that is not
+        written does not turn either, as in a step of an ordinary differential equation.
         """
-        size, epsilon = self.config.state_size, self.config.norm_epsilon
-        key, query = (
-            F.rms_norm(part, (size,), eps=epsilon) + bias.to(part.dtype)
-            for part, bias in zip((key, query), self.shared_bias, strict=True)
-        )
         wide = torch.promote_types(turn.dtype, torch.float32)
-        step = math.pi * self.peierls_scale.to(wide) * torch.tanh(turn.to(wide))
+        weight = F.softplus(source.to(wide) + self.source_bias.to(wide))
+        step = (weight[..., None] * (math.pi * torch.tanh(turn.to(wide)))[:, :, None]).flatten(2)
         total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens, segment)
-        angle = torch.remainder(total, 2 * math.pi).to(wide)
+        angle = torch.remainder(total, 2 * math.pi).to(wide).unflatten(-1, (self.config.num_heads, -1))
         # The slow pairs, which their positions turn least.
-        angle = F.pad(angle, (size // 2 - self.config.peierls_pairs, 0))
-        cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
-        return rotate(key, cos, sin), rotate(query, cos, sin), torch.remainder(last, 2 * math.pi)
+        angle = F.pad(angle, (self.config.state_size // 2 - self.config.peierls_pairs, 0))
+        angle = angle if gates.angle is None else angle + gates.angle
+        return gates._replace(angle=angle), torch.remainder(last, 2 * math.pi)
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -340,7 +327,7 @@ class Mixer(nn.Module):
             query, key = (F.rms_norm(part, (config.state_size,), eps=config.norm_epsilon) for part in (query, key))
             norm = {}
         if gates.angle is not None:
-            cos, sin = gates.angle.cos()[..., None], gates.angle.sin()[..., None]
+            cos, sin = gates.angle.cos(), gates.angle.sin()
             query = rotate(query.unsqueeze(2) + self.query_bias, cos, sin)
             key = rotate(key.unsqueeze(2) + self.key_bias, cos, sin)
             biases = {}
@@ -460,7 +447,7 @@ class Mixer(nn.Module):
                 else:
                     turned = semiclassical_root((-energy).expand_as(eta), eta)[1] - argument
                 total, phase = _accumulate(turned, None if state is None else state.phase, cu_seqlens, segment)
-                angle = torch.remainder(self.phase_scale.double() * total, 2 * math.pi).to(wide)
+                angle = torch.remainder(self.phase_scale.double() * total, 2 * math.pi).to(wide)[..., None]
         readout = None
         if config.kernel == "green":
             readout = torch.sqrt(2 * eta)

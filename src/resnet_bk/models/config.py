@@ -57,7 +57,8 @@ class ModelConfig:
     phase_coupling: bool = False
     """Add a learned multiple of the accumulated scattering phase to the rotary angle (starts at zero)."""
     peierls_pairs: int = 0
-    """Slowest pairs of key channels, of state_size / 2, that data-dependent (Peierls) phases turn too, in all heads."""
+    """Slowest pairs of key channels, of state_size / 2, that data-dependent (Peierls) phases turn too, by the weight
+    with which a token enters a head; needs source 'free'."""
     sites_per_token: int = 1
     """Lattice sites a token adds, each with a detuning of its own; three make any element of SL(2, R) of its step."""
     green_readout: bool = False
@@ -125,6 +126,11 @@ class ModelConfig:
         if self.peierls_pairs > self.state_size // 2:
             raise ConfigError(
                 f"model.peierls_pairs is {self.peierls_pairs}; there are only state_size / 2 = {self.state_size // 2}."
+            )
+        if self.peierls_pairs and self.source != "free":
+            raise ConfigError(
+                f"model.peierls_pairs is {self.peierls_pairs} and model.source {self.source!r}; the phases turn by the "
+                "weight of a 'free' source. Set that, or 0 pairs."
             )
         if self.attention_every > self.num_layers:
             raise ConfigError(
