@@ -18,7 +18,7 @@ from resnet_bk.cli.arguments import describe_type
 from resnet_bk.cli.migration import PROTOTYPE_KEYS
 from resnet_bk.data.config import DataConfig
 from resnet_bk.models.config import PRESETS, ModelConfig
-from resnet_bk.training.config import DistributedConfig, TrainingConfig
+from resnet_bk.training.config import DistributedConfig, MemoryConfig, TrainingConfig
 from resnet_bk.training.stability.config import StabilityConfig
 
 DOCS = Path(__file__).parent
@@ -68,6 +68,7 @@ TABLES = {
     "training": lambda: field_table(TrainingConfig, "training"),
     "stability": lambda: field_table(StabilityConfig, "stability"),
     "distributed": lambda: field_table(DistributedConfig, "distributed"),
+    "memory": lambda: field_table(MemoryConfig, "memory"),
     "presets": preset_table,
     "migration": migration_table,
 }

@@ -12,7 +12,21 @@ from resnet_bk.training.curriculum import curriculum_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
-NAMES = ["10b", "base", "demo", "large", "long_context", "small", "tiny", "wikitext2", "xl"]
+NAMES = [
+    "10b",
+    "base",
+    "demo",
+    "gpu80",
+    "gpu8x80",
+    "laptop",
+    "large",
+    "long_context",
+    "small",
+    "t4",
+    "tiny",
+    "wikitext2",
+    "xl",
+]
 
 
 def load(name: str, *overrides: str):
@@ -36,7 +50,17 @@ def test_config_named_after_a_preset_is_that_preset(name):
     assert load(name).model == ModelConfig.preset(name)
 
 
-@pytest.mark.parametrize(("name", "preset"), [("demo", "tiny"), ("long_context", "small")])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("demo", "tiny"),
+        ("long_context", "small"),
+        ("laptop", "tiny"),
+        ("t4", "base"),
+        ("gpu80", "xl"),
+        ("gpu8x80", "xl"),
+    ],
+)
 def test_config_with_a_preset_keeps_it(name, preset):
     assert load(name).model == ModelConfig.preset(preset)
 

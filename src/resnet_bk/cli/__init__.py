@@ -17,6 +17,7 @@ from resnet_bk.errors import ConfigError, MemoryLimitError, ResNetBKError
 
 COMMANDS = {
     "train": "train a model from a YAML configuration",
+    "plan": "predict the memory of a run, and what makes it fit",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure a trained model on a corpus",
     "benchmark": "compare models under equal conditions",

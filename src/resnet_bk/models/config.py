@@ -15,6 +15,9 @@ Kernel = Literal["flux", "transmission", "green"]
 Source = Literal["gated", "free", "unit"]
 Boundary = Literal["lead", "wall"]
 PositionPotential = Literal["none", "prime_bump", "shuffled", "random"]
+Recompute = Literal["auto", "none", "block", "segment"]
+RECOMPUTE: tuple[Recompute, ...] = ("auto", "none", "block", "segment")
+"""What the backward pass computes again; see `LanguageModel.recompute`."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +26,7 @@ from resnet_bk.layers.mamba3 import Mamba3
 from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models import checkpoint as checkpoints
 from resnet_bk.models import generate as generation
-from resnet_bk.models.config import ModelConfig
+from resnet_bk.models.config import ModelConfig, Recompute
 from resnet_bk.ops.context import Segment, SequenceGroup
 from resnet_bk.ops.dispatch import compute_dtype
 from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
@@ -139,8 +142,13 @@ class LanguageModel(nn.Module):
         tokenizer: the `Tokenizer` saved and loaded with the model, or None.
         generation_config: defaults of `generate`, saved and loaded with the model, or None.
         segment_tokens: tokens (batch times time) worked on at once. Longer inputs run in segments with the state
-            carried, and in training their activations are recomputed segment by segment, so memory grows only by
-            one residual stream a layer. Results do not depend on it beyond rounding.
+            carried. Results do not depend on it beyond rounding.
+        recompute: what the backward pass computes again. "none": nothing, and training does not cut time. "block":
+            every block, one segment at a time, so memory grows by one residual stream a layer. "segment": whole
+            segments through all blocks, so it grows by the states at their ends and one residual stream in all; as
+            "block" for inputs that are not cut (packed documents, attention without a window). "auto": "none" up to
+            `segment_tokens` tokens, "block" beyond.
+        offload: keep in host memory what recomputation starts from.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -149,6 +157,8 @@ class LanguageModel(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.generation_config: generation.GenerationConfig | None = None
         self.segment_tokens = 8192
+        self.recompute: Recompute = "auto"
+        self.offload = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
@@ -266,30 +276,57 @@ class LanguageModel(nn.Module):
         segment = self._segment(input_ids, group, cu_seqlens)
         # The longest segment decides for all ranks, because recomputing exchanges the summaries again.
         most = input_ids.shape[1] if segment is None else max(segment.lengths)
+        training = torch.is_grad_enabled()
         long = input_ids.shape[0] * most > self.segment_tokens
+        policy = self.recompute
+        if policy == "auto":
+            policy = "block" if long else "none"
         step = input_ids.shape[1]
-        whole = "attention" in self.config.mixers and not self.config.attention_window and torch.is_grad_enabled()
+        whole = "attention" in self.config.mixers and not self.config.attention_window and training
         whole = whole or segment is not None
-        if long and cu_seqlens is None and not whole:
+        if long and cu_seqlens is None and not whole and not (training and policy == "none"):
             step = max(64, self.config.attention_window, self.segment_tokens // input_ids.shape[0] // 64 * 64)
-        states: list[LayerState | None] = [None] * len(self.blocks) if state is None else list(state.layers)
-        following: list[LayerState] = []
+        elif policy == "segment":
+            policy = "block"
+        run, run_block = self._through, self._block
+        if training and policy == "segment":
+            run = self._recomputed(run)
+        elif training and policy == "block":
+            run_block = self._recomputed(run_block)
+        states = (None,) * len(self.blocks) if state is None else state.layers
         parts = []
-        for ids in input_ids.split(step, dim=1):
-            x = self.embedding(ids)
-            following = []
-            for block, before in zip(self.blocks, states, strict=True):
-                if long and torch.is_grad_enabled():
-                    keep = self.config.dropout > 0
-                    x, after = checkpoint(
-                        block, x, before, cu_seqlens, segment, use_reentrant=False, preserve_rng_state=keep
-                    )
-                else:
-                    x, after = block(x, before, cu_seqlens, segment)
-                following.append(after)
-            states = list(following)
-            parts.append(self.norm(x))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(tuple(following))
+        with save_on_cpu(pin_memory=input_ids.is_cuda) if training and self.offload else nullcontext():
+            for ids in input_ids.split(step, dim=1):
+                x, states = run(ids, states, cu_seqlens, segment, run_block)
+                parts.append(x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(cast(Any, states))
+
+    def _through(
+        self,
+        ids: Tensor,
+        states: Sequence[LayerState | None],
+        cu_seqlens: Tensor | None,
+        segment: Segment | None,
+        run_block: Callable,
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """The normed residual stream after these tokens, and the states that continue them."""
+        x = self.embedding(ids)
+        following = []
+        for block, before in zip(self.blocks, states, strict=True):
+            x, after = run_block(block, x, before, cu_seqlens, segment)
+            following.append(after)
+        return self.norm(x), tuple(following)
+
+    @staticmethod
+    def _block(
+        block: nn.Module, x: Tensor, before: LayerState | None, cu_seqlens: Tensor | None, segment: Segment | None
+    ) -> Any:
+        return block(x, before, cu_seqlens, segment)
+
+    def _recomputed(self, function: Callable) -> Callable:
+        """`function`, keeping its arguments alone; the backward pass calls it again."""
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.config.dropout > 0}
+        return partial(checkpoint, function, **options)
 
     def _segment(self, input_ids: Tensor, group: SequenceGroup | None, cu_seqlens: Tensor | None) -> Segment | None:
         """Where `input_ids` lie in sequences that ranks share; None if they are whole."""

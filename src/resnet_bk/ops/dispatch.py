@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Literal
@@ -39,12 +40,41 @@ def choose_backend(backend: str, operand: Tensor, *, kernels: bool = True) -> st
         raise BackendError(f"backend is {backend!r}; expected one of {', '.join(map(repr, names))}.")
     if backend in ("reference", "chunked"):
         return backend
+    if _planned is not None and operand.dtype != torch.float64:
+        return "triton" if kernels and _planned.kernels else "chunked"
     obstacle = _obstacle(operand) if kernels else "this operator has no Triton kernels"
     if backend == "triton":
         if obstacle:
             raise BackendError(f"backend 'triton' cannot run: {obstacle}. Use 'auto' or 'chunked'.")
         return "triton"
     return "triton" if operand.is_cuda and not obstacle else "chunked"
+
+
+@dataclass(frozen=True)
+class PlannedGPU:
+    """A GPU that may not be here, for which tensors without elements stand in."""
+
+    kernels: bool
+    """Whether it runs the Triton kernels."""
+
+
+_planned: PlannedGPU | None = None
+
+
+def planned_gpu() -> PlannedGPU | None:
+    """The GPU that `planning_for` names; None outside of it."""
+    return _planned
+
+
+@contextmanager
+def planning_for(gpu: PlannedGPU | None) -> Iterator[None]:
+    """Inside, "auto" chooses what it would on `gpu`; only for fake tensors, on which no kernel is ever launched."""
+    global _planned
+    before, _planned = _planned, gpu
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def _obstacle(operand: Tensor) -> str | None:

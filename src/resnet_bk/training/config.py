@@ -7,7 +7,7 @@ from typing import Literal
 
 from resnet_bk.data.config import DataConfig
 from resnet_bk.errors import ConfigError
-from resnet_bk.models.config import ModelConfig
+from resnet_bk.models.config import RECOMPUTE, ModelConfig
 from resnet_bk.training.stability.config import StabilityConfig
 
 
@@ -160,6 +160,36 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is kept, what is computed again and what lies elsewhere. `resnet-bk plan` predicts what a choice costs."""
+
+    recompute: Literal["auto", "none", "block", "segment"] = "auto"
+    """Activations that the backward pass computes again: `none`; those inside each block, one segment of tokens at a
+    time (`block`: one residual stream a layer is kept); those of whole segments through all blocks (`segment`: only
+    states are kept); `auto` is `none` up to `segment_tokens` tokens a forward pass and `block` beyond."""
+    segment_tokens: int = 8192
+    """Tokens (batch times time) worked on at once where activations are recomputed; at least 64 of each sequence."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed blocks in host memory; needs recompute `block`."""
+    optimizer: Literal["fused", "8bit", "offload"] = "fused"
+    """AdamW with float32 moments (8 bytes a parameter), 8-bit moments (about 2 bytes; extra `memory`), or float32
+    moments in host memory, where the update then runs."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        for name, options in (("recompute", RECOMPUTE), ("optimizer", ("fused", "8bit", "offload"))):
+            if getattr(self, name) not in options:
+                raise ConfigError(f"memory.{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}.")
+        if self.segment_tokens < 64:
+            raise ConfigError(f"memory.segment_tokens is {self.segment_tokens!r}; expected a whole number >= 64.")
+        if self.offload_activations and self.recompute != "block":
+            raise ConfigError(
+                f"memory.offload_activations needs memory.recompute block; it is {self.recompute!r}, with which there "
+                "may be no few large tensors to move."
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run: what is trained, on what, and how."""
 
@@ -168,3 +198,4 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)

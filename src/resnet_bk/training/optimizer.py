@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from resnet_bk.errors import CheckpointError, ConfigError
-from resnet_bk.training.config import TrainingConfig
+from resnet_bk.training.config import MemoryConfig, TrainingConfig
 from resnet_bk.training.distributed import spread_like, whole
+from resnet_bk.training.memory import OffloadedAdamW, eight_bit_adamw
 
 _STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: Any, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(
+    model: Any, config: TrainingConfig, device: torch.device, memory: MemoryConfig | None = None
+) -> torch.optim.Optimizer:
     """AdamW over `model.parameter_groups(config.weight_decay)`; one fused kernel where parameters are on a GPU.
 
     Raises:
         ConfigError: a parameter narrower than float32, in which small updates would be lost, or in no group or two.
+        MissingDependencyError: 8-bit moments without the extra `memory`.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -30,9 +35,26 @@ def build_optimizer(model: Any, config: TrainingConfig, device: torch.device) ->
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     if sorted(grouped) != sorted(id(parameter) for parameter in model.parameters()):
         raise ConfigError("model.parameter_groups must hold every parameter exactly once.")
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type == "cuda"
-    )
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    kind = "fused" if memory is None else memory.optimizer
+    if kind != "fused" and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigError(
+            f"memory.optimizer is {kind!r}, which knows no parameters split over ranks; use distributed.cpu_offload."
+        )
+    if kind == "8bit":
+        return eight_bit_adamw(groups, **options)
+    if kind == "offload":
+        return OffloadedAdamW(groups, **options)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group; in place where it is a tensor, whose identity compiled steps rely on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         validation=corpus.validation.tokens,
         tokenizer=corpus.tokenizer,
         data_config=config.data,
+        memory=config.memory,
         callbacks=[*stability_callbacks(config, corpus.validation.tokens), *callbacks],
         progress=progress,
     )

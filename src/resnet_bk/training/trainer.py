@@ -37,11 +37,17 @@ from resnet_bk.training.checkpoint import (
     remove_checkpoints_after,
     write_training_checkpoint,
 )
-from resnet_bk.training.config import DistributedConfig, TrainingConfig
+from resnet_bk.training.config import DistributedConfig, MemoryConfig, TrainingConfig
 from resnet_bk.training.device import resolve_precision
 from resnet_bk.training.distributed import Engine, share_out
 from resnet_bk.training.finite import first_nonfinite
-from resnet_bk.training.optimizer import build_optimizer, optimizer_tensors, parameters_without_state
+from resnet_bk.training.memory import apply_memory
+from resnet_bk.training.optimizer import (
+    build_optimizer,
+    optimizer_tensors,
+    parameters_without_state,
+    set_learning_rate,
+)
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
 from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.schedules import learning_rate_at
@@ -76,6 +82,7 @@ class Trainer:
         tokenizer: saved with every checkpoint, and tells the bytes behind the validation tokens; by default the
             model's own.
         data_config: recorded in checkpoints, so that a resume on other data is refused.
+        memory: what is recomputed and where optimizer states lie; None leaves the model as it is.
         callbacks: called at every hook after the built-in ones (see `Callback`), on every rank.
         progress: show a bar on a terminal, lines elsewhere.
 
@@ -93,6 +100,7 @@ class Trainer:
         validation: Tokens | None = None,
         tokenizer: Tokenizer | None = None,
         data_config: DataConfig | None = None,
+        memory: MemoryConfig | None = None,
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -110,7 +118,9 @@ class Trainer:
             self.model.tokenizer = tokenizer
         self.train_loader = train_loader
         self.data_config = data_config
-        self.optimizer = build_optimizer(self.model, config, next(self.model.parameters()).device)
+        if memory is not None:
+            apply_memory(self.model, memory)
+        self.optimizer = build_optimizer(self.model, config, next(self.model.parameters()).device, memory)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.callbacks: list[Callback] = []
         if self.ranks.is_main:
@@ -230,8 +240,7 @@ class Trainer:
         if targets == 0:
             raise DataError(f"Training step {self.step + 1} has no token to predict; check labels and cu_seqlens.")
         learning_rate = learning_rate_at(self.step, self.config) * self.learning_rate_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
 
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_bk.ops.dispatch import compute_dtype
+from resnet_bk.ops.dispatch import compute_dtype, planned_gpu
 from resnet_bk.ops.semiseparable.rotation import phase_table, rotate, turn_into
 
 # Bytes of one [segment, head, state] buffer. About ten buffers are alive in the backward pass: on a CPU they should
@@ -53,6 +53,19 @@ class Layout:
             for segment in range(self.segments):
                 end = min(self.time, (segment + 1) * step)
                 yield slice(first, min(self.batch, first + self.rows)), segment, segment * step, end
+
+
+def segment_layout(
+    value: Tensor, state: int, chunk: int, *, dtype: torch.dtype = torch.float32, packed: bool = False
+) -> Layout:
+    """How a call on `value` [batch, time, heads, channels] with keys of `state` channels is cut up."""
+    batch, time, heads, width = value.shape
+    device = "cuda" if planned_gpu() else value.device.type
+    budget = _SEGMENT_BYTES.get(device, _SEGMENT_BYTES["cuda"])
+    tokens = max(chunk, budget // (heads * state * dtype.itemsize))
+    chunks = max(1, min(tokens, time) // chunk)
+    rows = 1 if packed else max(1, min(batch, tokens // (chunks * chunk)))
+    return Layout(batch, time, heads, state, width, chunk, rows, chunks)
 
 
 @dataclass(frozen=True)
@@ -121,13 +134,9 @@ class Segments:
         self.query, self.key, self.value = query, key, value
         self.log_decay, self.source, self.frequencies, self.scale = log_decay, source, frequencies, scale
         self.dtype = compute_dtype(value, log_decay)
-        batch, time, heads, width = value.shape
         state = query.shape[-1]
-        budget = _SEGMENT_BYTES.get(value.device.type, _SEGMENT_BYTES["cuda"])
-        tokens = max(chunk, budget // (heads * state * self.dtype.itemsize))
-        chunks = max(1, min(tokens, time) // chunk)
-        rows = 1 if packed else max(1, min(batch, tokens // (chunks * chunk)))
-        self.layout = Layout(batch, time, heads, state, width, chunk, rows, chunks)
+        self.layout = segment_layout(value, state, chunk, dtype=self.dtype, packed=packed)
+        chunks = self.layout.chunks
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         places = torch.arange(chunk * chunks, device=value.device)
         self.phases = None if frequencies is None else phase_table(places, frequencies, self.dtype)

@@ -1,0 +1,271 @@
+"""Peak memory of a training step before it runs, by part, and which switch makes it fit.
+
+The step runs on tensors without elements (`allocation.py`): every operation, saved activation and recomputation of the
+model as it is, of any mixer. Long inputs and deep models are extrapolated from short and shallow ones, in whose numbers
+of segments and blocks the bytes are linear.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from resnet_bk.errors import ConfigError
+from resnet_bk.models.config import ModelConfig
+from resnet_bk.models.resnet_bk import LanguageModel
+from resnet_bk.ops.dispatch import PlannedGPU, planning_for
+from resnet_bk.training.allocation import HOST, FusedNorm, autocast_as_on, without_memory
+from resnet_bk.training.config import MemoryConfig, RunConfig, TrainingConfig
+from resnet_bk.training.memory import apply_memory
+from resnet_bk.training.workspace import LOGITS, OTHER
+
+PARTS = ("weights", "gradients", "optimizer", "activations", LOGITS, OTHER)
+"""Parts of the peak, in the order in which they are shown."""
+
+Device = Literal["cpu", "cuda"]
+# Blocks and segments of the runs that are extrapolated.
+_BLOCKS, _SEGMENTS = (2, 3), (3, 4)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted peak of one training step."""
+
+    parts: dict[str, int]
+    """Bytes by part at the moment of the peak; see `PARTS`."""
+    phase: str
+    """When that is: forward (the loss included), backward (early or late) or update."""
+    host: int
+    """Bytes that the step keeps in host memory instead."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at that moment."""
+        return sum(self.parts.values())
+
+    def table(self) -> str:
+        """Lines of text: bytes by part and in all."""
+        lines = [f"{name:<12}{_gigabytes(self.parts[name]):>12}" for name in PARTS]
+        lines.append(f"{'peak':<12}{_gigabytes(self.peak):>12}  ({self.phase})")
+        if self.host:
+            lines.append(f"{'host':<12}{_gigabytes(self.host):>12}")
+        return "\n".join(lines)
+
+
+def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = True) -> MemoryPlan:
+    """What one training step of `config` allocates at its peak.
+
+    Args:
+        config: the run; `training.precision` auto is bfloat16 on a GPU and float32 on a CPU.
+        device: where it is to run; the device need not be there.
+        kernels: whether the GPU runs the Triton kernels (compute capability 8.0 or newer).
+
+    Not counted: what the CUDA context and its libraries take, fragmentation, and the published kernels of Mamba.
+    """
+    model, training, memory = config.model, config.training, config.memory
+    tokens = training.batch_size * training.sequence_length
+    segment = _segment_time(model, training, memory)
+    segments = -(-training.sequence_length // segment)
+    uniform = len(set(model.mixers)) == 1
+    blocks_seen = _BLOCKS if uniform and model.num_layers > _BLOCKS[-1] else (model.num_layers,)
+    segments_seen = _SEGMENTS if segments > _SEGMENTS[-1] else (segments,)
+    seen: dict[tuple[int, int], dict[str, Counter[str]]] = {}
+    for blocks in blocks_seen:
+        for count in segments_seen:
+            time = training.sequence_length if len(segments_seen) == 1 else count * segment
+            shape = replace(model, num_layers=blocks) if uniform else model
+            pretended = replace(training, sequence_length=time)
+            # The policy "auto" must not change its mind about a shorter input.
+            chosen = replace(memory, recompute=_policy(memory, tokens))
+            seen[blocks, count] = _step(shape, pretended, chosen, device, kernels)
+    phases = _extrapolate(seen, blocks_seen, segments_seen, model.num_layers, segments)
+    moments, host_moments, scratch = _optimizer_bytes(model, memory, device)
+    weights = phases["backward, late"]["weights"]
+    phases["update"] = Counter({"weights": weights, "gradients": weights, OTHER: scratch})
+    found = max(phases, key=lambda phase: sum(n for part, n in phases[phase].items() if part != HOST))
+    parts = {part: phases[found][part] for part in PARTS} | {"optimizer": moments}
+    host = max(phases[phase][HOST] for phase in phases) + host_moments
+    return MemoryPlan(parts, found, host)
+
+
+def suggestions(
+    config: RunConfig, *, device: Device = "cuda", kernels: bool = True
+) -> Iterator[tuple[str, MemoryPlan]]:
+    """Changes of `config` and their plans, the cheapest in time first, each planned when it is asked for.
+
+    Each change adds to those before it; none changes what is computed beyond rounding, but for 8-bit moments.
+    """
+    training = config.training
+    tokens = training.batch_size * training.sequence_length
+    if _policy(config.memory, tokens) == "none":
+        config = replace(config, memory=replace(config.memory, recompute="block"))
+        yield "--memory.recompute block", plan_memory(config, device=device, kernels=kernels)
+    while config.training.batch_size % 2 == 0:
+        training = config.training
+        half = replace(
+            training,
+            batch_size=training.batch_size // 2,
+            gradient_accumulation_steps=2 * training.gradient_accumulation_steps,
+        )
+        config = replace(config, training=half)
+        yield (
+            f"--training.batch_size {half.batch_size} "
+            f"--training.gradient_accumulation_steps {half.gradient_accumulation_steps}",
+            plan_memory(config, device=device, kernels=kernels),
+        )
+    steps: list[tuple[str, dict[str, object]]] = [
+        ("--memory.segment_tokens 2048", {"segment_tokens": 2048}),
+        ("--memory.recompute segment", {"recompute": "segment", "offload_activations": False}),
+        ("--memory.optimizer 8bit", {"optimizer": "8bit"}),
+        ("--memory.optimizer offload", {"optimizer": "offload"}),
+    ]
+    for name, change in steps:
+        changed = replace(config.memory, **change)  # type: ignore[arg-type]
+        if changed.segment_tokens > config.memory.segment_tokens or changed == config.memory:
+            continue
+        config = replace(config, memory=changed)
+        yield name, plan_memory(config, device=device, kernels=kernels)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text such as "16GB", "79GiB" or "512MB".
+
+    Raises:
+        ConfigError: not a positive number with one of the units.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+    spelled = text.strip().upper()
+    unit = next((unit for unit in units if spelled.endswith(unit)), "")
+    try:
+        value = float(spelled.removesuffix(unit)) * units[unit]
+    except (KeyError, ValueError):
+        value = 0.0
+    if not 1 <= value < 2**63:
+        raise ConfigError(f"{text!r} is no amount of memory; expected a number with a unit, such as 16GB or 79GiB.")
+    return int(value)
+
+
+def _policy(memory: MemoryConfig, tokens: int) -> Literal["none", "block", "segment"]:
+    if memory.recompute == "auto":
+        return "block" if tokens > memory.segment_tokens else "none"
+    return memory.recompute
+
+
+def _segment_time(model: ModelConfig, training: TrainingConfig, memory: MemoryConfig) -> int:
+    """Tokens of a row in one segment, as `LanguageModel.hidden_states` cuts them."""
+    tokens = training.batch_size * training.sequence_length
+    whole = "attention" in model.mixers and not model.attention_window
+    if whole or tokens <= memory.segment_tokens or _policy(memory, tokens) == "none":
+        return training.sequence_length
+    cut = max(64, model.attention_window, memory.segment_tokens // training.batch_size // 64 * 64)
+    return min(cut, training.sequence_length)
+
+
+def _step(
+    config: ModelConfig, training: TrainingConfig, memory: MemoryConfig, device: Device, kernels: bool
+) -> dict[str, Counter[str]]:
+    """Bytes by part at the peak of every phase of one forward and backward pass."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    gpu = PlannedGPU(kernels) if device == "cuda" else None
+    phases: dict[str, Counter[str]] = {}
+    with planning_for(gpu), without_memory() as allocation:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+            if gpu is not None and isinstance(module, nn.RMSNorm):
+                module.forward = partial(_fused_norm, module)
+        parameters = list(model.parameters())
+        allocation.claim(parameters, "weights")
+        if training.gradient_accumulation_steps > 1:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+                allocation.claim([parameter.grad], "gradients")
+        apply_memory(model, memory)
+        model.offload = False  # what would be moved is claimed below instead
+        model._check_ids = lambda input_ids: None  # type: ignore[method-assign]
+        saved = HOST if memory.offload_activations else "activations"
+
+        def end(phase: str) -> None:
+            phases[phase] = allocation.parts
+            allocation.reset_peak()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            allocation.claim([tensor], saved)
+            return tensor
+
+        half = parameters[len(parameters) // 2]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: allocation.claim([parameter.grad], "gradients")
+            )
+        half.register_post_accumulate_grad_hook(lambda _: end("backward, early"))
+        ids = torch.empty(training.batch_size, training.sequence_length, dtype=torch.long)
+        precision = _precision(training, device)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        # CPU autocast stands in for that of the device: tensors without elements are on the CPU.
+        with autocast_as_on("cpu", precision), hooks:
+            loss = model(ids, labels=ids).loss
+        end("forward")
+        assert loss is not None
+        loss.backward()
+        end("backward, late")
+    phases.setdefault("backward, early", phases["backward, late"])
+    return phases
+
+
+def _fused_norm(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return FusedNorm.apply(x, module.weight)  # type: ignore[no-any-return]
+
+
+def _precision(training: TrainingConfig, device: Device) -> torch.dtype | None:
+    """The dtype of autocast; None for float32."""
+    name = training.precision
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" else "float32"
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _extrapolate(seen, blocks_seen, segments_seen, blocks: int, segments: int) -> dict[str, Counter[str]]:
+    """The phases at `blocks` and `segments`, bilinear in both through what was seen."""
+
+    def line(low: Counter[str], high: Counter[str], steps: int) -> Counter[str]:
+        return Counter({part: max(0, low[part] + steps * (high[part] - low[part])) for part in {*low, *high}})
+
+    def along_segments(count: int) -> dict[str, Counter[str]]:
+        first = seen[count, segments_seen[0]]
+        if len(segments_seen) == 1:
+            return first
+        second = seen[count, segments_seen[1]]
+        return {phase: line(first[phase], second[phase], segments - segments_seen[0]) for phase in first}
+
+    first = along_segments(blocks_seen[0])
+    if len(blocks_seen) == 1:
+        return first
+    second = along_segments(blocks_seen[1])
+    return {phase: line(first[phase], second[phase], blocks - blocks_seen[0]) for phase in first}
+
+
+def _optimizer_bytes(config: ModelConfig, memory: MemoryConfig, device: Device) -> tuple[int, int, int]:
+    """Bytes of the moments on the device and in host memory, and what an update needs besides."""
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in LanguageModel(config).parameters()]
+    largest = 4 * max(sizes)
+    if memory.optimizer == "offload":
+        held = 8 * sum(sizes)
+        return (held, 0, 0) if device == "cpu" else (0, held, 0)
+    if memory.optimizer == "8bit":
+        # A code for every moment and a scale for 256 of them; torchao leaves small and odd sizes as they are.
+        held = sum(2 * (size + size // 256 * 4) if size >= 4096 and size % 256 == 0 else 8 * size for size in sizes)
+        return held, 0, 2 * largest
+    return 8 * sum(sizes), 0, 0 if device == "cuda" else 2 * largest
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.3f} GB"

@@ -1,0 +1,183 @@
+"""The planner's prediction against what PyTorch allocates, for every mixer and policy."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from resnet_bk import LanguageModel, ModelConfig, RunConfig, TrainingConfig
+from resnet_bk.cli import main
+from resnet_bk.errors import ConfigError
+from resnet_bk.ops.semiseparable import segments
+from resnet_bk.training.config import MemoryConfig
+from resnet_bk.training.memory import apply_memory
+from resnet_bk.training.optimizer import build_optimizer
+from resnet_bk.training.plan import PARTS, parse_bytes, plan_memory, suggestions
+
+TOLERANCE = 0.1
+
+
+def run_config(preset: str, batch: int, time: int, memory: MemoryConfig, **model) -> RunConfig:
+    training = TrainingConfig(batch_size=batch, sequence_length=time)
+    return RunConfig(model=ModelConfig.preset(preset, **model), training=training, memory=memory)
+
+
+def measured_peak(config: RunConfig) -> int:
+    """Bytes allocated on the CPU at the peak of one step, the second of a run."""
+    torch.manual_seed(0)
+    model = LanguageModel(config.model)
+    apply_memory(model, config.memory)
+    optimizer = build_optimizer(model, config.training, torch.device("cpu"), config.memory)
+    ids = torch.randint(config.model.vocab_size, (config.training.batch_size, config.training.sequence_length))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    segments._local.__dict__.clear()
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    held = [p.nbytes for p in model.parameters()]
+    held += [tensor.nbytes for state in optimizer.state.values() for tensor in state.values()]
+    held += [buffer.nbytes for buffer in getattr(segments._local, "buffers", {}).values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return sum(held) + peak
+
+
+@pytest.mark.parametrize(
+    ("mixer", "recompute"),
+    [
+        ("resolvent", "none"),
+        ("attention", "none"),
+        ("mamba2", "none"),
+        ("mamba3", "none"),
+        pytest.param("resolvent", "segment", marks=pytest.mark.slow),
+        pytest.param("mamba2", "block", marks=pytest.mark.slow),
+        pytest.param("resolvent", "block", marks=pytest.mark.slow),
+    ],
+)
+def test_prediction_is_within_a_tenth_of_what_is_allocated(mixer, recompute):
+    time = 256 if recompute == "none" else 1024
+    config = run_config("tiny", 4, time, MemoryConfig(recompute=recompute, segment_tokens=512), mixer=mixer)
+    predicted, measured = plan_memory(config, device="cpu").peak, measured_peak(config)
+    assert abs(predicted - measured) < TOLERANCE * measured, (predicted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block", "segment"])
+def test_prediction_for_the_small_preset(recompute):
+    config = run_config("small", 4, 1024, MemoryConfig(recompute=recompute, segment_tokens=1024))
+    predicted, measured = plan_memory(config, device="cpu").peak, measured_peak(config)
+    assert abs(predicted - measured) < TOLERANCE * measured, (predicted, measured)
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "time", "segment_tokens", "gigabytes"),
+    [
+        # Rows of model-speed with the resident bytes added: memory base, train base and train xl (NVIDIA H100).
+        ("base", 1, 131072, 8192, 8.990),
+        ("base", 64, 2048, 65536, 2.141 + 8.708),
+        ("base", 1, 1048576, 65536, 2.141 + 49.067),
+        ("xl", 64, 2048, 65536, 21.34 + 33.903),
+    ],
+)
+def test_prediction_for_a_gpu_is_near_what_was_measured_there(preset, batch, time, segment_tokens, gigabytes):
+    plan = plan_memory(run_config(preset, batch, time, MemoryConfig(segment_tokens=segment_tokens)))
+    assert abs(plan.peak / 1e9 - gigabytes) < 0.03 * gigabytes
+
+
+@pytest.mark.parametrize("changes", [{"attention_every": 2, "attention_window": 64}, {"peierls_pairs": 2}, {}])
+def test_parts_add_up_and_states_of_the_optimizer_are_its_own(changes):
+    config = run_config("tiny", 2, 512, MemoryConfig(), **changes)
+    plan = plan_memory(config)
+    assert set(plan.parts) == set(PARTS) and plan.peak == sum(plan.parts.values())
+    assert plan.parts["optimizer"] == pytest.approx(2 * plan.parts["weights"], rel=0.01)
+    light = plan_memory(run_config("tiny", 2, 512, MemoryConfig(optimizer="8bit"), **changes))
+    assert light.parts["optimizer"] < 0.3 * plan.parts["optimizer"]
+    away = plan_memory(run_config("tiny", 2, 512, MemoryConfig(optimizer="offload"), **changes))
+    assert (away.parts["optimizer"], away.host) == (0, plan.parts["optimizer"])
+
+
+def test_accumulation_keeps_gradients_through_the_forward_pass():
+    memory = MemoryConfig()
+    once = run_config("tiny", 8, 1024, memory)
+    training = TrainingConfig(batch_size=8, sequence_length=1024, gradient_accumulation_steps=2)
+    twice = RunConfig(model=once.model, training=training, memory=memory)
+    more = plan_memory(twice).peak - plan_memory(once).peak
+    assert more == pytest.approx(plan_memory(once).parts["weights"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_extrapolation_agrees_with_the_whole_run(monkeypatch):
+    config = run_config("tiny", 1, 1024, MemoryConfig(segment_tokens=128), num_layers=5)
+    short = plan_memory(config).peak
+    monkeypatch.setattr("resnet_bk.training.plan._BLOCKS", (5, 5))
+    monkeypatch.setattr("resnet_bk.training.plan._SEGMENTS", (8, 8))
+    assert plan_memory(config).peak == pytest.approx(short, rel=0.05)
+
+
+def test_suggestions_shrink_the_step_and_say_how():
+    config = run_config("tiny", 16, 1024, MemoryConfig(recompute="none"))
+    found = [(plan_memory(config).peak, "")]
+    for change, plan in suggestions(config):
+        found.append((plan.peak, change))
+    assert found[1][1] == "--memory.recompute block"
+    assert found[-1][1] == "--memory.optimizer offload"
+    assert all(later <= before for (before, _), (later, _) in itertools.pairwise(found))
+    assert found[-1][0] < 0.25 * found[0][0]
+
+
+def test_the_command_says_what_makes_it_fit(capsys):
+    arguments = ["plan", "--model.preset", "tiny", "--training.batch_size", "64", "--training.sequence_length", "1024"]
+    assert main([*arguments, "--memory.recompute", "none"]) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in PARTS)
+    assert main([*arguments, "--memory.recompute", "none", "--gpu-memory", "1GB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit into 1GB" in out and "fits into 1GB with these" in out
+    assert main([*arguments, "--gpu-memory", "1MB"]) == 1
+    assert main([*arguments, "--gpu-memory", "much"]) == 2
+
+
+@pytest.mark.parametrize(("text", "count"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)])
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "16", "GB", "-1GB", "nanGB", "16 apples"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(ConfigError, match="amount of memory"):
+        parse_bytes(text)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@pytest.mark.parametrize("mixer", ["resolvent", "attention"])
+@pytest.mark.parametrize("recompute", ["none", "block", "segment"])
+def test_prediction_on_a_gpu(mixer, recompute):
+    device = torch.device("cuda")
+    config = run_config("small", 8, 8192, MemoryConfig(recompute=recompute), mixer=mixer)
+    with device:
+        model = LanguageModel(config.model)
+    apply_memory(model, config.memory)
+    optimizer = build_optimizer(model, config.training, device, config.memory)
+    ids = torch.randint(config.model.vocab_size, (8, 8192), device=device)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    measured = torch.cuda.max_memory_allocated()
+    assert abs(plan_memory(config).peak - measured) < TOLERANCE * measured
