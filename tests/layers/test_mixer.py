@@ -34,6 +34,8 @@ COMBINATIONS += [
 ]
 COMBINATIONS += [
     dict(peierls_pairs=3, source="free"),
+    dict(head_norm=False, source="free"),
+    dict(head_norm=False, peierls_pairs=4, source="free", skip_start=0.3),
     dict(peierls_pairs=4, source="free", sites_per_token=3, green_readout=True),
     dict(peierls_pairs=1, source="free", kernel="transmission", phase_coupling=True),
 ]
@@ -157,7 +159,7 @@ def written_out(mixer, u):
     x = x.unflatten(-1, (c.num_heads, c.head_dim))
     mixed = torch.einsum("bhij,bjhv->bihv", kernel * scores, weight[..., None] * x)
     y = readout[..., None] * mixed + mixer.skip[:, None] * x
-    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.norm_epsilon)
+    y = normed(y, c) if c.head_norm else y
     out = y.flatten(2) * mixer.norm_weight * F.silu(z)
     if c.green_readout:
         w = (m[:, c.sites_per_token - 1 :: c.sites_per_token] - 1j) / (

@@ -170,7 +170,7 @@ class Mixer(nn.Module):
     @property
     def fused_step(self) -> bool:
         """Whether `step` knows this mixer's options: exact dynamics, flux kernel, one site a token, nothing besides."""
-        return self._fused_gates and not self.config.peierls_pairs
+        return self._fused_gates and self.config.head_norm and not self.config.peierls_pairs
 
     @property
     def _fused_gates(self) -> bool:
@@ -235,7 +235,10 @@ class Mixer(nn.Module):
         if turns:
             gates, peierls = self._turned(gates, turns[0], source, state, cu_seqlens, segment)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
-        out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
+        if config.head_norm:
+            out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
+        else:
+            out = y.flatten(2) * (F.silu(gate) * self.norm_weight.to(gate.dtype))
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
         return out, MixerState(mix, green, free, phase, peierls)

@@ -80,6 +80,8 @@ class ModelConfig:
     energy_range: float = 1.5
     """Head energies start evenly spaced in [-energy_range, energy_range], in units of the hopping; with three sites a
     token at 1 and -1 in turn, where three quiet sites are the identity."""
+    head_norm: bool = True
+    """Norm the mixed values of every head before the output gate; without it their size says something."""
     skip_start: float = 1.0
     """Start of every head's direct path from a token to its own output, beside which the memory is added."""
     rotary_base: float = 10000.0
