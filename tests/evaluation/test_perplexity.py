@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from resnet_bk import LanguageModel, ModelConfig
 from resnet_bk.errors import DomainError, ShapeError
 from resnet_bk.evaluation.perplexity import StreamEvaluation, evaluate_stream, log_spaced_bins, loss_by_position
 
@@ -151,3 +154,33 @@ def test_arguments_out_of_range(model, stream):
         loss_by_position(model, [stream], segment_length=4, bins=[4, 2])
     with pytest.raises(DomainError, match="longest is 0"):
         log_spaced_bins(0)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operator returned in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return out
+
+
+def test_memory_does_not_grow_with_the_stream(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, d_model=16, num_layers=2, feed_forward_dim=24, head_dim=8, state_size=4)
+    model = LanguageModel(ModelConfig(**sizes))
+    largest = []
+    for length in (300, 3000):
+        path = tmp_path / f"{length}.bin"
+        np.random.default_rng(0).integers(VOCABULARY, size=length, dtype=np.uint16).tofile(path)
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        with Largest() as seen:
+            evaluate_stream(model, tokens, segment_length=100)
+            loss_by_position(model, [tokens], segment_length=100, bins=log_spaced_bins(length - 1))
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] < 100 * 200
