@@ -172,8 +172,8 @@ class Largest(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_the_stream(tmp_path):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCABULARY, d_model=16, num_layers=2, feed_forward_dim=24, head_dim=8, state_size=4)
-    model = LanguageModel(ModelConfig(**sizes))
+    config = ModelConfig(vocab_size=VOCABULARY, d_model=16, num_layers=2, feed_forward_dim=24, head_dim=8, state_size=4)
+    model = LanguageModel(config)
     largest = []
     for length in (300, 3000):
         path = tmp_path / f"{length}.bin"
