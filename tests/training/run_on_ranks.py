@@ -1,9 +1,16 @@
-"""Short runs on however many ranks there are: `torchrun run_on_ranks.py FOLDER NAME...`, each in FOLDER/NAME."""
+"""Short runs on however many ranks there are: `torchrun run_on_ranks.py FOLDER NAME...`, each in FOLDER/NAME.
+
+`NAME:steps=3` ends or continues the run at step 3; `NAME:stop=3` lets rank 1 alone ask for the end, and `NAME:kill=4`
+kills rank 1 after step 4, the first time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,7 @@ from resnet_bk import LanguageModel, ModelConfig, Trainer, TrainingConfig
 from resnet_bk.data.loader import PackedTokenLoader, TokenLoader
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.training.callbacks import Callback
+from resnet_bk.training.checkpoint import latest_checkpoint
 from resnet_bk.training.config import DistributedConfig
 
 FSDP = {"strategy": "fsdp"}
@@ -51,6 +59,26 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class Accident(Callback):
+    """Notes where each start of the run began; on rank 1, kills the process once, or asks for the end."""
+
+    def __init__(self, kill: int = 0, stop: int = 0) -> None:
+        self.kill, self.stop = kill, stop
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.ranks.is_main:
+            with (trainer.output_dir / "starts").open("a") as file:
+                file.write(f"{trainer.step}\n")
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.ranks.rank == 1 and trainer.step == self.stop:
+            trainer.stop()
+        if trainer.ranks.rank == 1 and trainer.step == self.kill and not trainer.ranks.restarted:
+            while latest_checkpoint(trainer.output_dir) is None:
+                time.sleep(0.01)  # it may be written in the background
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def build(
     folder: str | Path, name: str, *, plain: bool = False, callbacks: tuple[Callback, ...] = (), **fields: Any
 ) -> Trainer:
@@ -62,8 +90,8 @@ def build(
     model.segment_tokens = scenario.get("segment_tokens", model.segment_tokens)
     defaults = dict(
         output_dir=str(Path(folder) / name), steps=6, sequence_length=96, batch_size=4, warmup_steps=2, log_every=1,
-        learning_rate=2e-2, gradient_clip_norm=0.1, evaluate_every=3, checkpoint_every=3, device="cpu",
-        tensorboard=False,
+        learning_rate=2e-2, schedule="constant", gradient_clip_norm=0.1, evaluate_every=3, checkpoint_every=3,
+        device="cpu", tensorboard=False,
     )  # fmt: skip
     config = TrainingConfig(**{**defaults, **scenario.get("training", {}), **fields})
     tokens = np.random.default_rng(0).integers(0, 2, 2000).cumsum() % 13
@@ -80,5 +108,8 @@ def build(
 
 
 if __name__ == "__main__":
-    for scenario in sys.argv[2:]:
-        build(sys.argv[1], scenario).train()
+    for argument in sys.argv[2:]:
+        scenario, *pairs = argument.split(":")
+        numbers = {key: int(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        resumes = {"steps": numbers.pop("steps"), "resume": True} if "steps" in numbers else {}
+        build(sys.argv[1], scenario, callbacks=(Accident(**numbers),), **resumes).train()

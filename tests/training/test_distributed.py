@@ -31,7 +31,7 @@ def launch(ranks: int, *arguments: str, script: Path = SCRIPT, restarts: int = 0
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
         f"--max-restarts={restarts}", str(script), *arguments,
     ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return finished
 
@@ -180,3 +180,58 @@ def test_two_ranks_follow_the_loss_curve_of_one_process(tmp_path, strategy):
                 assert found[key] == pytest.approx(expected[key], rel=tolerance), f"{name}, {key}"
         saved = [load_file(tmp_path / runs / name / "step-000006" / "model.safetensors") for runs in ("one", "two")]
         assert saved[0].keys() == saved[1].keys() and len(saved[0]) == len(list(trainer.model.state_dict()))
+
+
+def assert_same_curve(found: Path, expected: Path, tolerance: float = 2e-5) -> None:
+    assert [row["step"] for row in rows(found)] == [row["step"] for row in rows(expected)]
+    for mine, other in zip(rows(found), rows(expected), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_runs_continue_on_another_number_of_ranks(tmp_path, name):
+    MODULE["build"](tmp_path / "whole", name, plain=True).train()
+    for first, second in ((2, 1), (1, 2)):
+        folder = tmp_path / f"{first}-{second}"
+        launch(first, str(folder), f"{name}:steps=3")
+        launch(second, str(folder), f"{name}:steps=6")
+        assert (folder / name / "starts").read_text().split() == ["0", "3"]
+        assert_same_curve(folder / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_killed_rank_is_started_anew_and_the_run_continues(tmp_path, name):
+    MODULE["build"](tmp_path / "whole", name, plain=True).train()
+    launch(2, str(tmp_path / "killed"), f"{name}:kill=5", restarts=1)
+    assert (tmp_path / "killed" / name / "starts").read_text().split() == ["0", "3"]
+    assert_same_curve(tmp_path / "killed" / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+def test_one_rank_can_stop_all(tmp_path):
+    launch(2, str(tmp_path), "ddp:stop=2")
+    assert [row["step"] for row in rows(tmp_path / "ddp")] == [1, 2]
+    assert [path.name for path in (tmp_path / "ddp").glob("step-*")] == ["step-000002"]
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_torchrun(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "validation"):
+        (texts / f"{split}.txt").write_text("alpha beta gamma delta " * 200)
+    options = {
+        "model.vocab_size": 300, "model.d_model": 16, "model.num_layers": 1, "model.feed_forward_dim": 24,
+        "model.head_dim": 8, "model.state_size": 8, "data.name": "text", "data.path": texts,
+        "data.cache_dir": tmp_path / "cache", "training.output_dir": tmp_path / "run", "training.steps": 3,
+        "training.sequence_length": 32, "training.batch_size": 2, "training.device": "cpu",
+        "training.tensorboard": "false", "distributed.strategy": "fsdp",
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    finished = launch(2, *arguments, script=Path(__file__).parents[2] / "train.py")
+    assert finished.stdout.count("baseline unigram") == 1 and finished.stdout.count("Step 3, 192 tokens read.") == 1
+    assert (tmp_path / "run" / "loss.png").is_file()
+    model = LanguageModel.from_pretrained(tmp_path / "run" / "step-000003")
+    assert model.tokenizer is not None and model.config.d_model == 16

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from resnet_bk.errors import ConfigError, ResNetBKError
 from resnet_bk.training.device import resolve_device
@@ -115,12 +116,14 @@ def join_ranks(device: str, *, timeout_seconds: int = 1800, alone: bool = False)
             options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": found}
         else:
             options |= {"backend": "gloo"}
-        if not launched:
-            options |= {
-                "store": dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
-                "rank": 0,
-                "world_size": 1,
-            }
+        if launched:
+            # torchrun keeps one store over its restarts, where the addresses of the processes before would be found.
+            store, rank, size = next(rendezvous("env://", timeout=options["timeout"]))
+            prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            options |= {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(**options)
         atexit.register(_leave)
     return Ranks(found)
