@@ -89,6 +89,18 @@ def check_info(arguments: list[str], workplace: Path) -> None:
     assert main(arguments) == 0
 
 
+def check_benchmark(arguments: list[str], workplace: Path) -> None:
+    small = {
+        "compare": [*TOY, "--seeds=0", "--rates=1e-3", "--curve-points=1"],
+        "synthetic": ["--task.steps=1", "--task.tokens_per_step=64", "--task.evaluation_tokens=64", "--seeds=0"],
+        "report": [],
+    }
+    sizes = ["--model.d_model=32", "--model.num_layers=1", "--model.head_dim=16", "--model.state_size=16"]
+    if arguments[1] != "report":
+        small[arguments[1]] += [*sizes, "--model.attention_head_dim=16"]
+    assert main([*arguments, *small[arguments[1]]]) == 0
+
+
 CHECKS = {
     "make demo": check_demo,
     "make test": check_test,
@@ -96,6 +108,7 @@ CHECKS = {
     "resnet-bk generate": check_generate,
     "resnet-bk evaluate": check_evaluate,
     "resnet-bk info": check_info,
+    "resnet-bk benchmark": check_benchmark,
 }
 
 
