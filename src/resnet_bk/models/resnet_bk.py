@@ -227,7 +227,9 @@ class LanguageModel(nn.Module):
                 f"labels have shape {list(labels.shape)}; expected that of input_ids, {list(input_ids.shape)}, or one "
                 "token more."
             )
-        hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens, group=group)
+        # Models that override `hidden_states` need not know of groups.
+        shared = {} if group is None else {"group": group}
+        hidden, state = self.hidden_states(input_ids, state=state, cu_seqlens=cu_seqlens, **shared)
         loss = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, input_ids.shape[1] + 1 - labels.shape[1]), value=-100)
