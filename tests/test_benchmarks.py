@@ -150,3 +150,12 @@ def test_operations_of_a_step_against_the_flop_counter(load, kind):
     else:  # the counter does not look into this library's operators
         forward -= len(model.blocks) * batch * time * models.own_flops_per_token(model.config)
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "found"), [("memory_plan.py", "predicted"), ("adapter_memory.py", "peak")])
+def test_memory_benchmarks_at_toy_size(script, found):
+    command = [sys.executable, str(BENCHMARKS / script), "--toy"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stderr
+    assert f"{found}_gigabytes" in done.stdout

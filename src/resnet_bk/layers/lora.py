@@ -66,7 +66,8 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         before, dtype = ctx.dtypes
-        grad = grads[0].to(dtype) @ unpack_int4(*ctx.saved_tensors, dtype)
+        codes, scales = ctx.saved_tensors
+        grad = grads[0].to(dtype) @ unpack_int4(codes, scales, dtype)
         return grad.to(before), None, None, None
 
 
