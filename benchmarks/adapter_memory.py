@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 
 import torch
@@ -95,7 +96,7 @@ def main() -> None:
     if not arguments.toy:
         append_row(
             "adapter-memory",
-            command=f"python benchmarks/adapter_memory.py --preset {arguments.preset} --device {arguments.device}",
+            command=f"python {' '.join(sys.argv)}",
             config=config,
             seeds=[0],
             metrics=metrics,
