@@ -1,7 +1,7 @@
 """Short runs on however many ranks there are: `torchrun run_on_ranks.py FOLDER NAME...`, each in FOLDER/NAME.
 
 `NAME:steps=3` ends or continues the run at step 3; `NAME:stop=3` lets rank 1 alone ask for the end, and `NAME:kill=4`
-kills rank 1 after step 4, the first time.
+kills rank 1 after step 4, the first time. `NAME:gpu=1` runs on a GPU a rank, in float32.
 """
 
 from __future__ import annotations
@@ -111,5 +111,7 @@ if __name__ == "__main__":
     for argument in sys.argv[2:]:
         scenario, *pairs = argument.split(":")
         numbers = {key: int(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-        resumes = {"steps": numbers.pop("steps"), "resume": True} if "steps" in numbers else {}
-        build(sys.argv[1], scenario, callbacks=(Accident(**numbers),), **resumes).train()
+        fields: dict[str, Any] = {"steps": numbers.pop("steps"), "resume": True} if "steps" in numbers else {}
+        if numbers.pop("gpu", 0):
+            fields |= {"device": "cuda", "precision": "float32"}
+        build(sys.argv[1], scenario, callbacks=(Accident(**numbers),), **fields).train()

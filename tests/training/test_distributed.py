@@ -235,3 +235,13 @@ def test_the_command_runs_under_torchrun(tmp_path):
     assert (tmp_path / "run" / "loss.png").is_file()
     model = LanguageModel.from_pretrained(tmp_path / "run" / "step-000003")
     assert model.tokenizer is not None and model.config.d_model == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch.cuda.device_count() < 2")
+@pytest.mark.parametrize("name", ["ddp-accumulation", "fsdp-accumulation", "fsdp-zero2", "fsdp-offload"])
+def test_two_gpus_follow_the_loss_curve_of_one(tmp_path, name):
+    MODULE["build"](tmp_path / "one", name, plain=True, device="cuda", precision="float32").train()
+    launch(2, str(tmp_path / "two"), f"{name}:gpu=1")
+    # Both runs multiply in TF32 at most, whose step is 2^-11; sums of other shapes round differently.
+    assert_same_curve(tmp_path / "two" / name, tmp_path / "one" / name, tolerance=2e-3)

@@ -78,7 +78,6 @@ class Engine:
                 # Some variants of the mixer have parameters that their loss does not depend on.
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
             )
 
     def loss(self, arguments: dict[str, Tensor], weight: float) -> Tensor:
