@@ -52,13 +52,13 @@ def _installation() -> Iterable[str]:
 def _checkpoint(source: str) -> Iterable[str]:
     """What the model in `source` is, and how far its training came."""
     from resnet_bk.models.resnet_bk import LanguageModel
-    from resnet_bk.training.checkpoint import STATE_FILE, read_trainer_state
+    from resnet_bk.training.saving.state import STATE_FILE, read_state
 
     model = LanguageModel.from_pretrained(source)
     config, folder = model.config, Path(source)
     yield f"{source}: {model.num_parameters():,} parameters, {str(model.output_weight.dtype).removeprefix('torch.')}"
     if (folder / STATE_FILE).is_file():
-        state = read_trainer_state(folder)
+        state = read_state(folder)
         yield f"training checkpoint: step {state['step']}, {state['tokens']:,} tokens read"
     tokenizer = "none" if model.tokenizer is None else f"{model.tokenizer.vocab_size:,} tokens"
     yield f"tokenizer: {tokenizer}"

@@ -15,14 +15,10 @@ from torch import Tensor
 from resnet_bk.errors import CheckpointError
 from resnet_bk.experiments.batches import TrainingBatches
 from resnet_bk.models.resnet_bk import LanguageModel, ModelState
-from resnet_bk.training.checkpoint import (
-    latest_checkpoint,
-    load_training_tensors,
-    read_trainer_state,
-    save_training_checkpoint,
-)
-from resnet_bk.training.optimizer import parameters_without_state
+from resnet_bk.training.checkpoint import newest_intact_checkpoint
 from resnet_bk.training.random_state import random_state, restore_random_state
+from resnet_bk.training.saving.saver import save_checkpoint
+from resnet_bk.training.saving.state import load_state
 
 _CARRIED = "carried-{step:06d}.safetensors"
 
@@ -71,9 +67,8 @@ def save_run(
         "batches": batches.state_dict(),
         "random": random_state(device),
         "carried": carried is not None,
-        "parameters_without_optimizer_state": parameters_without_state(model, optimizer),
     }
-    save_training_checkpoint(folder, model, optimizer, state, keep=1)
+    save_checkpoint(folder, model, optimizer, state, keep=1)
     for old in folder.glob("carried-*.safetensors"):
         if old.name != _CARRIED.format(step=progress.step):
             old.unlink()
@@ -87,12 +82,11 @@ def load_run(
     Raises:
         CheckpointError: damaged, or of another run.
     """
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = newest_intact_checkpoint(folder)
     if checkpoint is None:
         return RunProgress(), None
     device = model.output_weight.device
-    state = read_trainer_state(checkpoint)
-    load_training_tensors(checkpoint, model, optimizer, without_state=state["parameters_without_optimizer_state"])
+    state = load_state(checkpoint, model, optimizer)
     batches.load_state_dict(state["batches"])
     carried = None
     if state["carried"]:

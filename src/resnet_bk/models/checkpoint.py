@@ -74,17 +74,11 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike[str], *, max
     """
     target = Path(folder).resolve()
     kept = _check_target(target)
-    if model.tokenizer is not None:
-        _check_vocabulary(model.tokenizer, model.config, TOKENIZER_FILE)
     temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         write_weights(model, temporary, max_shard_size)
-        _write_json(temporary / CONFIG_FILE, _config_json(model))
-        generation = model.generation_config or GenerationConfig()
-        _write_json(temporary / GENERATION_FILE, generation.to_dict())
-        if model.tokenizer is not None:
-            model.tokenizer.save(temporary / TOKENIZER_FILE)
+        write_description(model, temporary)
         for path in kept:
             shutil.copy2(path, temporary / path.name)
         for path in [*temporary.iterdir(), temporary]:
@@ -95,6 +89,22 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike[str], *, max
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def write_description(model: LanguageModel, folder: Path) -> None:
+    """Write everything of a model folder but the weights.
+
+    Raises:
+        CheckpointError: the tokenizer has more tokens than the model.
+        OSError: the disk refused.
+    """
+    if model.tokenizer is not None:
+        _check_vocabulary(model.tokenizer, model.config, TOKENIZER_FILE)
+    _write_json(folder / CONFIG_FILE, _config_json(model))
+    generation = model.generation_config or GenerationConfig()
+    _write_json(folder / GENERATION_FILE, generation.to_dict())
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder / TOKENIZER_FILE)
 
 
 def load_pretrained(
@@ -133,15 +143,20 @@ def load_pretrained(
         narrow = dtype if tensor.is_floating_point() else None
         _assign(model, names[name], tensor.to(device=device, dtype=narrow, copy=True))
     model.to(device=device, dtype=dtype)
-    if (folder / TOKENIZER_FILE).is_file():
-        model.tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-        _check_vocabulary(model.tokenizer, config, str(folder / TOKENIZER_FILE))
-    if (folder / GENERATION_FILE).is_file():
-        try:
-            model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_FILE))
-        except ConfigError as error:
-            raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
+    _load_companions(model, folder)
     return model.eval()
+
+
+def load_description(cls: type[Model], folder: str | os.PathLike[str]) -> Model:
+    """A model that is all that a model folder says of it but the weights, which are new.
+
+    Raises:
+        CheckpointError: as `load_pretrained`, about the other files.
+    """
+    folder = _locate(folder)
+    model = cls(_read_config(folder)[1])
+    _load_companions(model, folder)
+    return model
 
 
 @torch.no_grad()
@@ -221,6 +236,18 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         return values, ModelConfig.from_dict(fields)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _load_companions(model: LanguageModel, folder: Path) -> None:
+    """Give `model` the tokenizer and the defaults for generation in `folder`, if any."""
+    if (folder / TOKENIZER_FILE).is_file():
+        model.tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+        _check_vocabulary(model.tokenizer, model.config, str(folder / TOKENIZER_FILE))
+    if (folder / GENERATION_FILE).is_file():
+        try:
+            model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_FILE))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
 
 
 def _config_json(model: LanguageModel) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
             raise CheckpointError(refusal_of_pickle(folder / pickles[0]))
+        if any(folder.glob("model/shard-*.safetensors")):
+            raise CheckpointError(
+                f"{folder} holds the weights in one file a rank; make a model folder of it with "
+                "resnet_bk.training.checkpoint.export_model."
+            )
         raise CheckpointError(f"{folder} holds no weights; expected {WEIGHTS_FILE}, or shards with {INDEX_FILE}.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

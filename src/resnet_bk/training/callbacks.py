@@ -22,8 +22,16 @@ class Callback:
     """Does nothing at every hook; override what you need.
 
     Hooks run in the order in which callbacks were added and may read `trainer.step`, `trainer.tokens`,
-    `trainer.config`, and call `trainer.stop()` or `trainer.save_checkpoint()`.
+    `trainer.config`, and call `trainer.stop()` or `trainer.save_checkpoint()`. A callback that remembers something
+    between steps gives it to `state_dict`, so that a resumed run continues with it.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint saves of this callback, in plain JSON types; the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned; called before `on_train_start`, and only if it was not empty."""
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step, after a checkpoint was resumed."""
@@ -54,17 +62,10 @@ class Callback:
         """After an evaluation on the validation split."""
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """After a checkpoint is complete on disk."""
+        """After a checkpoint is complete on disk; saved in the background, that is some steps after its own."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step; also when the run ends with an error."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What continues this callback after a resume, in plain JSON types; empty if nothing does."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned; not called where a checkpoint holds nothing for this callback."""
 
 
 class MetricsFile(Callback):

@@ -1,47 +1,49 @@
-"""Training checkpoints: folders `step-000123` from which a run continues exactly.
+"""Training checkpoints: folders `step-000123` from which a run continues exactly, and which of them to trust.
 
-A folder is a model folder (`config.json`, `model.safetensors`, `tokenizer.json`) with two files more:
-`optimizer.safetensors` and `trainer_state.json`. It is written under a temporary name, forced to disk and renamed, so a
-folder of the final name is complete. Nothing is pickled.
+A folder is written under a temporary name, forced to disk and renamed, so a folder of the final name is complete;
+`checksums.json` tells whether it still is. What is in it: `resnet_bk.training.saving.state`.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from resnet_bk.errors import CheckpointError
-from resnet_bk.models.checkpoint import force_to_disk, load_weights
-from resnet_bk.training.distributed import spread_like
-from resnet_bk.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from resnet_bk.models.checkpoint import load_description
+from resnet_bk.models.resnet_bk import LanguageModel
+from resnet_bk.training.saving.checksums import CHECKSUMS_FILE, verify_checksums
+from resnet_bk.training.saving.state import FIRST_FORMAT, STATE_FILE, load_model, read_state
+from resnet_bk.training.saving.together import on_first_rank, rank_of
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
-FORMAT = 1
+PARTIAL = ".partial"
 
 _FOLDER = re.compile(r"step-(\d{6,})")
-_PARTIAL = ".partial"
+_log = logging.getLogger(__name__)
 # What may change between the parts of one run; every other field decides the result.
 _FREE_FIELDS = {
     "training": {
-        "checkpoint_every", "device", "evaluate_every", "evaluation_tokens", "keep_checkpoints", "log_every",
-        "output_dir", "resume", "steps", "tensorboard",
+        "asynchronous_checkpoints", "checkpoint_every", "device", "evaluate_every", "evaluation_tokens",
+        "keep_best_checkpoints", "keep_checkpoints", "log_every", "output_dir", "resume", "steps", "tensorboard",
+        "time_budget_seconds",
     },
     "data": {"cache_dir", "path", "tokenizer"},  # the loader compares the tokens themselves
     "model": set(),
 }  # fmt: skip
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step-{step:06d}"
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints in `output_dir`, by increasing step."""
+    """Complete checkpoints in `output_dir`, by increasing step; they may have been damaged since."""
     found = {int(m.group(1)): path for path in Path(output_dir).glob("step-*") if (m := _FOLDER.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
@@ -52,50 +54,82 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def save_training_checkpoint(
-    output_dir: str | Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
-) -> Path:
-    """The checkpoint folder just written; older ones beyond the newest `keep` are removed.
+def verify_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> None:
+    """Raise `CheckpointError` naming the first file of `folder` that is missing, truncated or changed.
 
     Args:
-        output_dir: folder of the run.
-        model: saved through its `save_pretrained`.
-        optimizer: built by `build_optimizer` for `model`.
-        state: `step` and whatever else continues the run, in plain JSON types.
-        keep: checkpoints to leave on disk, >= 1.
+        folder: a checkpoint; one of the first format has no checksums, and only its `trainer_state.json` is read.
+        group: ranks that share the reading; every one of them calls this.
+    """
+    folder = Path(folder)
+    if (folder / CHECKSUMS_FILE).is_file():
+        verify_checksums(folder, group)
+    elif read_state(folder)["format"] != FIRST_FORMAT:
+        raise CheckpointError(f"{folder / CHECKSUMS_FILE} is missing.")
+
+
+def newest_intact_checkpoint(output_dir: str | Path, group: ProcessGroup | None = None) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None if there is no checkpoint at all.
+
+    A damaged one is logged by name and the one before is used. Every rank of `group` calls this.
 
     Raises:
-        CheckpointError: the disk refused; no folder of the final name exists.
+        CheckpointError: there are checkpoints, and all are damaged; says what is wrong with the newest.
     """
-    return write_training_checkpoint(output_dir, model, optimizer_tensors(model, optimizer), state, keep=keep)
-
-
-def write_training_checkpoint(
-    output_dir: str | Path, model: Any, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
-) -> Path:
-    """As `save_training_checkpoint`, of the optimizer's state as `optimizer_tensors` returned it, for one rank."""
-    output_dir = Path(output_dir)
-    final = output_dir / f"step-{state['step']:06d}"
-    temporary = output_dir / f"{final.name}{_PARTIAL}"
-    try:
-        _remove_partial(output_dir)
-        model.save_pretrained(temporary)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / OPTIMIZER_FILE)
-        with_format = {"format": FORMAT, **state}
-        (temporary / STATE_FILE).write_text(json.dumps(with_format, allow_nan=False), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            force_to_disk(path)
-        temporary.rename(final)
-        force_to_disk(output_dir)
-        for old in list_checkpoints(output_dir)[:-keep]:
-            # Renamed first: a kill while deleting must not leave half a checkpoint under a valid name.
-            old.rename(output_dir / f"{old.name}{_PARTIAL}")
-        _remove_partial(output_dir)
-    except (OSError, SafetensorError) as error:
+    first_error = None
+    for folder in reversed(on_first_rank(group, lambda: list_checkpoints(output_dir))):
+        try:
+            verify_checkpoint(folder, group)
+        except CheckpointError as error:
+            first_error = first_error or error
+            if rank_of(group) == 0:
+                _log.warning("Checkpoint %s is refused: %s Trying the one before.", folder, error)
+            continue
+        return folder
+    if first_error is not None:
         raise CheckpointError(
-            f"Checkpoint {final} could not be written ({error}); free the disk and resume."
-        ) from error
-    return final
+            f"No checkpoint in {output_dir} is intact. The newest: {first_error} Start anew in another "
+            "training.output_dir, or restore the folder from a copy."
+        )
+    return None
+
+
+def export_model(checkpoint: str | Path, folder: str | Path, *, max_shard_size: int = 5 * 10**9) -> Path:
+    """The model folder just written from a checkpoint, sharded or not, for generation and publishing.
+
+    The way back needs no function: `load_model` reads a model folder into any model, sharded or not.
+
+    Args:
+        checkpoint: folder `step-NNNNNN`, verified first.
+        folder: absent, empty or an earlier model folder, which is replaced.
+        max_shard_size: bytes above which the weights are split into several files.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or a folder that cannot be written.
+    """
+    verify_checkpoint(checkpoint)
+    model = load_description(LanguageModel, checkpoint)
+    load_model(checkpoint, model)
+    return model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def remove_superseded(output_dir: Path, newest: Path, *, keep: int, keep_best: int) -> None:
+    """Remove checkpoints that `newest`, just completed, makes superfluous.
+
+    Kept are the newest `keep` and, of those saved at a step that was evaluated, the `keep_best` of lowest validation
+    loss. Checkpoints of later steps are of a past that was given up, by a rollback or because they were damaged.
+    """
+    folders = list_checkpoints(output_dir)
+    past = folders[: folders.index(newest) + 1]
+    kept = past[-keep:]
+    if keep_best:
+        losses = {folder: loss for folder in past if (loss := _validation_loss(folder)) is not None}
+        kept += sorted(losses, key=lambda folder: losses[folder])[:keep_best]
+    for folder in folders:
+        if folder not in kept:
+            # Renamed first: a kill while deleting must not leave half a checkpoint under a valid name.
+            folder.rename(output_dir / f"{folder.name}{PARTIAL}")
+    remove_partial(output_dir)
 
 
 def remove_checkpoints_after(output_dir: Path, step: int) -> None:
@@ -103,53 +137,14 @@ def remove_checkpoints_after(output_dir: Path, step: int) -> None:
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("step-")) > step:
             # Renamed first: a kill while deleting must not leave half a checkpoint under a valid name.
-            folder.rename(output_dir / f"{folder.name}{_PARTIAL}")
-    _remove_partial(output_dir)
+            folder.rename(output_dir / f"{folder.name}{PARTIAL}")
+    remove_partial(output_dir)
 
 
-def read_trainer_state(folder: str | Path) -> dict[str, Any]:
-    """The JSON state of a training checkpoint.
-
-    Raises:
-        CheckpointError: not a training checkpoint, or damaged; names the file.
-    """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a training checkpoint: it has no {STATE_FILE}.")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use an older checkpoint.") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
-    return state
-
-
-def load_training_tensors(
-    folder: str | Path, model: Any, optimizer: torch.optim.Optimizer, *, without_state: list[str]
-) -> None:
-    """Load the weights and the optimizer's state of a training checkpoint in place.
-
-    Args:
-        folder: the checkpoint.
-        model: of the checkpoint's configuration, on any device.
-        optimizer: built by `build_optimizer` for `model`.
-        without_state: parameters for which the optimizer has no state, by name.
-
-    Raises:
-        CheckpointError: a missing, truncated, renamed or extra tensor; names file and tensor.
-    """
-    folder = Path(folder)
-    path = folder / OPTIMIZER_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a training checkpoint: it has no {OPTIMIZER_FILE}.")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); use an older checkpoint.") from None
-    load_optimizer_tensors(model, optimizer, tensors, without_state=without_state, file=str(path))
-    load_weights(model, folder, place=spread_like)
+def remove_partial(output_dir: Path) -> None:
+    """Delete what a killed run left unfinished."""
+    for path in output_dir.glob(f"*step-*{PARTIAL}*"):
+        shutil.rmtree(path)
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any], folder: str | Path) -> None:
@@ -170,7 +165,10 @@ def check_same_config(saved: dict[str, Any], current: dict[str, Any], folder: st
                 )
 
 
-def _remove_partial(output_dir: Path) -> None:
-    """Delete what a killed run left unfinished."""
-    for path in output_dir.glob(f"*step-*{_PARTIAL}*"):
-        shutil.rmtree(path)
+def _validation_loss(folder: Path) -> float | None:
+    """The validation loss at the step of a checkpoint; None where that step was not evaluated or cannot be read."""
+    try:
+        return read_state(folder).get("validation_loss")
+    except CheckpointError as error:
+        _log.warning("Checkpoint %s cannot be ranked: %s", folder / STATE_FILE, error)
+        return None

@@ -64,6 +64,12 @@ class TrainingConfig:
     """Steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: int = 2
     """Most recent checkpoints kept on disk."""
+    keep_best_checkpoints: int = 0
+    """Checkpoints of lowest validation loss kept beside them; of those saved at a step that was evaluated."""
+    asynchronous_checkpoints: bool = True
+    """Write checkpoints beside training, from a copy of weights and optimizer in CPU memory."""
+    time_budget_seconds: float = 0.0
+    """Save and end the run before it has lasted this long; 0 = no limit. SIGTERM always does so."""
     resume: bool = False
     """Continue from the newest checkpoint in `output_dir`."""
     tensorboard: bool = True
@@ -104,6 +110,8 @@ class TrainingConfig:
             "gradient_clip_norm",
             "evaluate_every",
             "checkpoint_every",
+            "keep_best_checkpoints",
+            "time_budget_seconds",
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)!r}; expected a number >= 0.")

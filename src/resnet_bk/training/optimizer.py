@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from resnet_bk.errors import CheckpointError, ConfigError
 from resnet_bk.training.config import MemoryConfig, TrainingConfig
-from resnet_bk.training.distributed import spread_like, whole
+from resnet_bk.training.distributed import spread_like
 from resnet_bk.training.memory import OffloadedAdamW, eight_bit_adamw
 
 _STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
@@ -60,11 +61,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of the optimizer as `<what>/<parameter name>`; parameters that never had a gradient have none.
 
-    Where the state is spread over ranks every rank must call, and receives it whole, on the processor.
+    The tensors are the optimizer's own, on its device and spread over ranks as the parameters are.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{what}/{names[id(parameter)]}": whole(tensor).detach().cpu()
+        f"{what}/{names[id(parameter)]}": tensor.detach()
         for parameter, state in optimizer.state.items()
         for what, tensor in state.items()
     }
@@ -73,6 +74,21 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 def parameters_without_state(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the parameters that never had a gradient."""
     return [name for name, parameter in model.named_parameters() if parameter not in optimizer.state]
+
+
+def empty_optimizer_tensors(model: Any, without_state: list[str]) -> dict[str, Tensor]:
+    """Zeros of the shapes, and shards, that `optimizer_tensors` would have after a step, to load a checkpoint into.
+
+    Args:
+        model: its parameters may be `DTensor`s.
+        without_state: parameters that have none, by name.
+    """
+    return {
+        f"{what}/{name}": torch.zeros(()) if what == "step" else torch.zeros_like(parameter, requires_grad=False)
+        for name, parameter in model.named_parameters()
+        if name not in without_state
+        for what in _STATE_NAMES
+    }
 
 
 def load_optimizer_tensors(
@@ -88,7 +104,7 @@ def load_optimizer_tensors(
     Args:
         model: the model whose parameters `optimizer` holds.
         optimizer: built by `build_optimizer`.
-        tensors: name -> tensor.
+        tensors: name -> tensor, whole or spread over ranks as its parameter is.
         without_state: parameters that have none, by name.
         file: where the tensors come from, for messages.
 
@@ -102,25 +118,24 @@ def load_optimizer_tensors(
         if name not in without_state
         for what in _STATE_NAMES
     }
-    check_tensors(tensors, expected, file)
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected, file)
     numbers = {id(p): k for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         what, name = key.split("/", 1)
-        mine = tensor if what == "step" else spread_like(tensor, parameters[name])
+        there = what == "step" or isinstance(tensor, DTensor)
+        mine = tensor if there else spread_like(tensor, parameters[name])
         state.setdefault(numbers[id(parameters[name])], {})[what] = mine
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, torch.Size], file: str) -> None:
+def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], file: str) -> None:
     """Raise `CheckpointError` naming `file` and the first tensor that is missing, superfluous or misshapen."""
     for name in expected:
-        if name not in tensors:
+        if name not in found:
             raise CheckpointError(f"{file} lacks the tensor {name!r}; the file is damaged or of another model.")
-    for name, tensor in tensors.items():
+    for name, shape in found.items():
         if name not in expected:
             raise CheckpointError(f"{file} holds an unknown tensor {name!r}; the file is damaged or of another model.")
-        if tensor.shape != expected[name]:
-            raise CheckpointError(
-                f"{file}: tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}."
-            )
+        if shape != expected[name]:
+            raise CheckpointError(f"{file}: tensor {name!r} has shape {list(shape)}; expected {list(expected[name])}.")

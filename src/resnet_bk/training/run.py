@@ -18,6 +18,7 @@ from resnet_bk.training.config import RunConfig
 from resnet_bk.training.curriculum import training_batches
 from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.stability.callbacks import stability_callbacks
+from resnet_bk.training.time_budget import TimeBudget
 from resnet_bk.training.trainer import Trainer, TrainingResult
 
 CURVE_FILE = "loss.png"
@@ -53,6 +54,9 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         ConfigError, DataError, CheckpointError, BackendError, DomainError: as `prepare_corpus` and `Trainer` do.
     """
     training = config.training
+    # First, because preparing the corpus takes of the budget too.
+    limit = training.time_budget_seconds
+    budget = TimeBudget(limit or None, reserve_seconds=min(30.0, limit / 10))
     # A device that is not there should be known before the corpus is prepared, which may take long.
     ranks = join_ranks(
         training.device,
@@ -71,7 +75,7 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         tokenizer=corpus.tokenizer,
         data_config=config.data,
         memory=config.memory,
-        callbacks=[*stability_callbacks(config, corpus.validation.tokens), *callbacks],
+        callbacks=[*stability_callbacks(config, corpus.validation.tokens), budget, *callbacks],
         progress=progress,
     )
     progress = progress and ranks.is_main

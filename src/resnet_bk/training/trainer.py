@@ -29,27 +29,24 @@ from resnet_bk.tokenizer import Tokenizer
 from resnet_bk.training.batches import BatchLoader, count_targets, model_arguments
 from resnet_bk.training.callbacks import Callback, MetricsFile, Progress, TensorBoard
 from resnet_bk.training.checkpoint import (
-    STATE_FILE,
     check_same_config,
+    checkpoint_name,
     latest_checkpoint,
-    load_training_tensors,
-    read_trainer_state,
+    newest_intact_checkpoint,
     remove_checkpoints_after,
-    write_training_checkpoint,
 )
 from resnet_bk.training.config import DistributedConfig, MemoryConfig, TrainingConfig
 from resnet_bk.training.device import resolve_precision
 from resnet_bk.training.distributed import Engine, share_out
 from resnet_bk.training.finite import first_nonfinite
 from resnet_bk.training.memory import apply_memory
-from resnet_bk.training.optimizer import (
-    build_optimizer,
-    optimizer_tensors,
-    parameters_without_state,
-    set_learning_rate,
-)
+from resnet_bk.training.optimizer import build_optimizer, set_learning_rate
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
 from resnet_bk.training.ranks import join_ranks
+from resnet_bk.training.saving.callback_state import callback_states, restore_callbacks
+from resnet_bk.training.saving.saver import CheckpointSaver
+from resnet_bk.training.saving.state import STATE_FILE, load_state, read_state
+from resnet_bk.training.saving.together import checkpoint_group
 from resnet_bk.training.schedules import learning_rate_at
 from resnet_bk.training.stability.snapshot import Snapshot
 
@@ -73,8 +70,9 @@ class Trainer:
 
     Args:
         model: a `LanguageModel` or any module with its `forward`, `parameter_groups`, `hidden_states`, `output_weight`,
-            `config` and `save_pretrained`. Parameters are float32 and stay so; it is moved to `config.device`. If
-            they are on the meta device, they are drawn from `config.seed`, each rank keeping its part.
+            `config`, `tokenizer` and `generation_config`. Parameters are float32 and stay so; it is moved to
+            `config.device`. If they are on the meta device, they are drawn from `config.seed`, each rank keeping its
+            part.
         train_loader: endless, with a position that can be saved; see `BatchLoader`.
         config: optimisation, evaluation and bookkeeping.
         distributed: how the ranks share the model, under `torchrun`.
@@ -146,8 +144,17 @@ class Trainer:
         self._interval = _Interval()
         self._overflows = 0
         self._started = self._stopping = False
+        self._group = checkpoint_group()
+        self._saver = CheckpointSaver(
+            self.output_dir,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best_checkpoints,
+            asynchronous=config.asynchronous_checkpoints,
+            group=self._group,
+        )
         self._checkpoint: Path | None = None
         self._evaluation: StreamEvaluation | None = None
+        self._evaluated_step = -1
 
     def add_callback(self, callback: Callback) -> None:
         """Call `callback` at every hook, after those added before."""
@@ -164,7 +171,8 @@ class Trainer:
             InstabilityError: a loss or gradient that is not finite, or a step that a callback refused, and no callback
                 recovered from it; names the step and the first module or parameter concerned. No parameter was
                 changed by that step, and checkpoints on disk are untouched.
-            CheckpointError: `output_dir` holds another run, or a checkpoint that does not fit this one.
+            CheckpointError: `output_dir` holds another run, or a checkpoint that does not fit this one, or a checkpoint
+                could not be written; those before it are untouched.
             DataError: the loader ended, or a step had nothing to predict.
         """
         config = self.config
@@ -176,6 +184,7 @@ class Trainer:
                 try:
                     self._train_step()
                 except InstabilityError as error:
+                    self._note_checkpoint(wait=True)
                     if not any(callback.on_instability(self, error) for callback in self.callbacks):
                         raise
                     continue
@@ -187,11 +196,13 @@ class Trainer:
                 # A hook may save or stop, so it comes after the rows that a checkpoint of this step must know.
                 self._call("on_step_end")
                 self._stopping = self.ranks.any(self._stopping)
-                if last or self._stopping or _due(self.step, config.checkpoint_every):
-                    self.save_checkpoint()
+                ends = last or self._stopping
+                if ends or _due(self.step, config.checkpoint_every):
+                    self.save_checkpoint(wait=ends)
+                self._note_checkpoint(wait=False)
         finally:
-            self._call("on_train_end")
-        if self._evaluation is None and self.validation is not None:
+            self._end()
+        if self._evaluation is None and self.validation is not None and not self._stopping:
             self._evaluation = self.evaluate()
         return TrainingResult(self.step, self.tokens, self._evaluation, self._checkpoint)
 
@@ -208,16 +219,46 @@ class Trainer:
                 text_bytes=self._text_bytes,
             )
 
-    def save_checkpoint(self) -> Path:
-        """The checkpoint of the current step, written now unless it exists; every rank must call."""
-        if self._checkpoint is None or self._checkpoint.name != f"step-{self.step:06d}":
-            model, state = self.engine.whole_model(), self.run_state()
-            tensors, keep = optimizer_tensors(self.model, self.optimizer), self.config.keep_checkpoints
-            self._checkpoint = self.ranks.on_main(
-                lambda: write_training_checkpoint(self.output_dir, model, tensors, state, keep=keep)
-            )
-            self._call("on_checkpoint", self._checkpoint)
-        return self._checkpoint
+    def save_checkpoint(self, *, wait: bool = True) -> Path:
+        """The checkpoint of the current step, written unless it exists: now, or in the background unless `wait`.
+
+        Every rank must call.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one that was in flight, could not be written.
+        """
+        self._note_checkpoint(wait=True)
+        folder = self.output_dir / checkpoint_name(self.step)
+        if self._checkpoint != folder:
+            self._saver.begin(self.model, self.optimizer, self.run_state())
+            self._note_checkpoint(wait=wait)
+        return folder
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Continue from `folder` as if the run had never stopped, or never gone further; every rank must call.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another configuration.
+            ConfigError: it has done more steps than the run.
+        """
+        folder = Path(folder)
+        self._note_checkpoint(wait=True)
+        try:
+            state = read_state(folder)
+            check_same_config(state["config"], self._configs(), folder)
+            if state["step"] > self.config.steps:
+                raise ConfigError(
+                    f"training.steps is {self.config.steps}, but {folder} has done {state['step']} already."
+                )
+            load_state(folder, self.model, self.optimizer, group=self._group)
+            self.load_run_state(state)
+        except ResNetBKError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / STATE_FILE} is damaged ({type(error).__name__}: {error}); use an older checkpoint."
+            ) from error
+        self._checkpoint = folder
 
     def roll_back(self, place: Snapshot | Path) -> None:
         """Continue from a snapshot in memory or a checkpoint, as if the steps since had not been.
@@ -225,7 +266,7 @@ class Trainer:
         Checkpoints newer than `place`, if that is one, are removed: they are of an abandoned branch.
         """
         if isinstance(place, Path):
-            self._resume(place)
+            self.load_checkpoint(place)
             self.ranks.on_main(lambda: remove_checkpoints_after(self.output_dir, self.step))
         else:
             place.restore(self)
@@ -334,7 +375,7 @@ class Trainer:
 
     def _log_validation(self, evaluation: StreamEvaluation) -> None:
         """Send an evaluation to the callbacks."""
-        self._evaluation = evaluation
+        self._evaluation, self._evaluated_step = evaluation, self.step
         self._call("on_evaluate", evaluation)
         row = {
             "kind": "validation",
@@ -351,42 +392,37 @@ class Trainer:
         """Seed a new run, or continue from the newest checkpoint."""
         if self._started:  # train() called again, after stop()
             return
-        folder = self.ranks.on_main(self._find_checkpoint)
+        if self.ranks.on_main(self._has_checkpoint) and not (self.config.resume or self.ranks.restarted):
+            raise CheckpointError(
+                f"training.output_dir holds a run already ({latest_checkpoint(self.output_dir)}); set training.resume "
+                "to continue it, or choose another folder."
+            )
+        folder = newest_intact_checkpoint(self.output_dir, self._group)
         if folder is None:
             # Rank 0 draws what one process would; the others draw other masks of dropout.
             seed_everything(self.config.seed + self.ranks.rank)
-        elif self.config.resume or self.ranks.restarted:
-            self._resume(folder)
         else:
-            raise CheckpointError(
-                f"training.output_dir holds a run already ({folder}); set training.resume to continue it, or choose "
-                "another folder."
-            )
+            self.load_checkpoint(folder)
         self._started = True
 
-    def _find_checkpoint(self) -> Path | None:
+    def _has_checkpoint(self) -> bool:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        return latest_checkpoint(self.output_dir)
+        return latest_checkpoint(self.output_dir) is not None
 
-    def _resume(self, folder: Path) -> None:
-        """Continue from `folder` as if the run had never stopped."""
-        state = read_trainer_state(folder)
+    def _end(self) -> None:
+        """Finish what is in flight and tell the callbacks."""
         try:
-            check_same_config(state["config"], self._configs(), folder)
-            if state["step"] > self.config.steps:
-                raise ConfigError(
-                    f"training.steps is {self.config.steps}, but {folder} has done {state['step']} already."
-                )
-            without_state = state["parameters_without_optimizer_state"]
-            self.load_run_state(state)
-        except ResNetBKError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{folder / STATE_FILE} is damaged ({type(error).__name__}: {error}); use an older checkpoint."
-            ) from error
-        load_training_tensors(folder, self.model, self.optimizer, without_state=without_state)
-        self._checkpoint = folder
+            self._note_checkpoint(wait=True)
+        finally:
+            self._saver.close()
+            self._call("on_train_end")
+
+    def _note_checkpoint(self, *, wait: bool) -> None:
+        """Tell the callbacks of a checkpoint that was completed in the background; raises what went wrong there."""
+        folder = self._saver.completed(wait=wait)
+        if folder is not None:
+            self._checkpoint = folder
+            self._call("on_checkpoint", folder)
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Continue from what `run_state` returned, but for the tensors of model and optimizer."""
@@ -396,20 +432,20 @@ class Trainer:
         self._interval = _Interval(**state["interval"])
         self._overflows, self.step, self.tokens = state["overflow_steps"], state["step"], state["tokens"]
         self.learning_rate_factor = state.get("learning_rate_factor", 1.0)
-        held = state.get("callbacks", {})
-        for callback in self.callbacks:
-            if type(callback).__name__ in held:
-                callback.load_state_dict(held[type(callback).__name__])
+        restore_callbacks(self.callbacks, state.get("callbacks", {}))
         # More ranks than wrote the checkpoint: the new ones draw from seeds that no rank had.
         generators = [state["random"], *state.get("random_of_other_ranks", [])]
         if self.ranks.rank < len(generators):
             restore_random_state(generators[self.ranks.rank], self.device)
         else:
             seed_everything(hash((self.config.seed, self.step, self.ranks.rank)) % 2**63)
+        # A checkpoint of a later step is of an abandoned branch: that step is saved again.
+        self._checkpoint = None
 
     def run_state(self) -> dict[str, Any]:
-        """Everything besides tensors that continues the run, in plain JSON types."""
+        """Everything besides tensors that continues the run, in plain JSON types; every rank must call."""
         random, *random_of_others = self.ranks.gather(random_state(self.device))
+        evaluation = self._evaluation
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -417,11 +453,11 @@ class Trainer:
             "interval": dataclasses.asdict(self._interval),
             "data": self.train_loader.state_dict(),
             "learning_rate_factor": self.learning_rate_factor,
-            "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
+            "callbacks": callback_states(self.callbacks),
             "random": random,
             "random_of_other_ranks": random_of_others,
             "scaler": self.scaler.state_dict(),
-            "parameters_without_optimizer_state": parameters_without_state(self.model, self.optimizer),
+            "validation_loss": evaluation.loss if evaluation and self._evaluated_step == self.step else None,
             "config": self._configs(),
             "versions": library_versions(),
         }
