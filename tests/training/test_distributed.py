@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from resnet_bk import LanguageModel, Trainer
 from resnet_bk.errors import ConfigError, DomainError
+from resnet_bk.training.checkpoint import export_model
 from resnet_bk.training.config import DistributedConfig
 from resnet_bk.training.distributed import share_out
 from resnet_bk.training.random_state import seed_everything
@@ -150,7 +151,7 @@ def test_a_checkpoint_of_a_plain_run_continues_sharded_and_back(tiny, group):
             distributed=DistributedConfig(strategy=strategy), progress=False,
         )  # fmt: skip
         assert trainer.train().step == steps
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer/model-00001-of-00001.safetensors"):
         expected, found = (load_file(run.output_dir / "step-000006" / name) for run in (whole, trainer))
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
@@ -178,7 +179,11 @@ def test_two_ranks_follow_the_loss_curve_of_one_process(tmp_path, strategy):
             ]
             for key in {"loss", "gradient_norm"} & expected.keys():
                 assert found[key] == pytest.approx(expected[key], rel=tolerance), f"{name}, {key}"
-        saved = [load_file(tmp_path / runs / name / "step-000006" / "model.safetensors") for runs in ("one", "two")]
+        folders = [
+            export_model(tmp_path / runs / name / "step-000006", tmp_path / runs / f"{name}-model")
+            for runs in ("one", "two")
+        ]
+        saved = [load_file(folder / "model.safetensors") for folder in folders]
         assert saved[0].keys() == saved[1].keys() and len(saved[0]) == len(list(trainer.model.state_dict()))
 
 

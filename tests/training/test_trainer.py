@@ -186,7 +186,8 @@ def poison(parameter: torch.nn.Parameter, steps: set[int], trainer: Trainer, val
 def test_gradient_that_is_not_finite_stops_the_run(tiny, value):
     model = tiny.model()
     recorder = Recorder()
-    trainer = Trainer(model, tiny.loader(), tiny.config(checkpoint_every=1), callbacks=[recorder], progress=False)
+    config = tiny.config(checkpoint_every=1, asynchronous_checkpoints=False)
+    trainer = Trainer(model, tiny.loader(), config, callbacks=[recorder], progress=False)
     name, parameter = list(model.named_parameters())[3]
     poison(parameter, {3}, trainer, value)
     with pytest.raises(
@@ -239,7 +240,8 @@ def test_float16_overflow_without_end_is_an_error(tiny):
 def test_hooks_come_in_order(tiny):
     recorder = Recorder()
     trainer = Trainer(
-        tiny.model(), tiny.loader(), tiny.config(steps=3, evaluate_every=2, checkpoint_every=2),
+        tiny.model(), tiny.loader(),
+        tiny.config(steps=3, evaluate_every=2, checkpoint_every=2, asynchronous_checkpoints=False),
         validation=tiny.validation, callbacks=[recorder], progress=False,
     )  # fmt: skip
     trainer.train()

@@ -63,8 +63,9 @@ class CheckpointSaver:
         if self._thread is not None:
             self._pending = self._thread.submit(self._write, self._snapshots.take(model, optimizer, state))
             return
-        self._pending = Future()
-        self._pending.set_result(self._write(view_of_run(model, optimizer, state)))
+        written: Future[Path] = Future()
+        written.set_result(self._write(view_of_run(model, optimizer, state)))
+        self._pending = written
 
     def completed(self, *, wait: bool) -> Path | None:
         """The checkpoint that was completed since the last call; None if there is none.
