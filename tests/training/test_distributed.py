@@ -238,7 +238,7 @@ def test_the_command_runs_under_torchrun(tmp_path):
     finished = launch(2, *arguments, script=Path(__file__).parents[2] / "train.py")
     assert finished.stdout.count("baseline unigram") == 1 and finished.stdout.count("Step 3, 192 tokens read.") == 1
     assert (tmp_path / "run" / "loss.png").is_file()
-    model = LanguageModel.from_pretrained(tmp_path / "run" / "step-000003")
+    model = LanguageModel.from_pretrained(export_model(tmp_path / "run" / "step-000003", tmp_path / "model"))
     assert model.tokenizer is not None and model.config.d_model == 16
 
 
