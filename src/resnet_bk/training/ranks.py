@@ -120,7 +120,7 @@ def join_ranks(device: str, *, timeout_seconds: int = 1800, alone: bool = False)
             # torchrun keeps one store over its restarts, where the addresses of the processes before would be found.
             store, rank, size = next(rendezvous("env://", timeout=options["timeout"]))
             prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-            options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
+            options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}  # pyright: ignore[reportPrivateImportUsage]
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             options |= {"store": store, "rank": 0, "world_size": 1}
