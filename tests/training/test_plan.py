@@ -96,7 +96,9 @@ def test_prediction_for_a_gpu_is_near_what_was_measured_there(preset, batch, tim
     assert abs(plan.peak / 1e9 - gigabytes) < 0.03 * gigabytes
 
 
-@pytest.mark.parametrize("changes", [{"attention_every": 2, "attention_window": 64}, {"peierls_pairs": 2, "source": "free"}, {}])
+@pytest.mark.parametrize(
+    "changes", [{"attention_every": 2, "attention_window": 64}, {"peierls_pairs": 2, "source": "free"}, {}]
+)
 def test_parts_add_up_and_states_of_the_optimizer_are_its_own(changes):
     config = run_config("tiny", 2, 512, MemoryConfig(), **changes)
     plan = plan_memory(config)

@@ -61,11 +61,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of the optimizer as `<what>/<parameter name>`; parameters that never had a gradient have none.
 
-    The tensors are the optimizer's own, on its device and spread over ranks as the parameters are.
+    The tensors are the optimizer's own, on its device and spread over ranks as the parameters are; moments kept in
+    8 bits are widened to float32.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{what}/{names[id(parameter)]}": tensor.detach()
+        f"{what}/{names[id(parameter)]}": _widened(tensor)
         for parameter, state in optimizer.state.items()
         for what, tensor in state.items()
     }
@@ -127,6 +128,18 @@ def load_optimizer_tensors(
         mine = tensor if there else spread_like(tensor, parameters[name])
         state.setdefault(numbers[id(parameters[name])], {})[what] = mine
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    narrow = getattr(optimizer, "_new_buffer", None)  # of torchao's 8-bit optimizers: an empty moment in their codes
+    if narrow is None:
+        return
+    for parameter, moments in optimizer.state.items():
+        for what in ("exp_avg", "exp_avg_sq"):
+            buffer = narrow(parameter, what == "exp_avg")
+            moments[what] = buffer.copy_(moments[what])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A moment as numbers: 8-bit codes become float32, anything else stays."""
+    return tensor.dequantize() if hasattr(tensor, "codes") else tensor.detach()
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], file: str) -> None:
