@@ -176,7 +176,7 @@ def test_eight_bit_runs_save_and_resume(tiny):
         [type(moments["exp_avg"]).__name__ for moments in trainer.optimizer.state.values()]
         for trainer in (again, whole)
     )
-    assert kinds == before and "OptimState8bit" in kinds
+    assert sorted(kinds) == sorted(before) and "OptimState8bit" in kinds
     for name, tensor in optimizer_tensors(again.model, again.optimizer).items():
         # Narrowing again what was widened moves a first moment by one code at most: measured 0.4 % of the largest.
         assert (tensor - saved[name]).abs().max() <= 0.02 * saved[name].abs().max() + 1e-12, name

@@ -134,7 +134,8 @@ def load_optimizer_tensors(
     for parameter, moments in optimizer.state.items():
         for what in ("exp_avg", "exp_avg_sq"):
             buffer = narrow(parameter, what == "exp_avg")
-            moments[what] = buffer.copy_(moments[what])
+            buffer.copy_(moments[what])
+            moments[what] = buffer
 
 
 def _widened(tensor: Tensor) -> Tensor:
