@@ -45,7 +45,7 @@ def fused(mixer, projection, state, cu_seqlens):
 def apart(mixer, projection, state, cu_seqlens):
     """By the reference's operators, one after the other."""
     gate, *operands = projection.split(mixer.sizes, dim=-1)
-    y, after = mixer.mix(*operands, state=state, cu_seqlens=cu_seqlens)
+    y, _, after = mixer.mix(*operands, state=state, cu_seqlens=cu_seqlens)
     return gated_norm(y, gate, mixer.norm_weight, epsilon=mixer.config.norm_epsilon), after.mix, after.green
 
 

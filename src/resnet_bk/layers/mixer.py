@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.errors import ShapeError
+from resnet_bk.layers.phases import peierls_angles, running_sum
 from resnet_bk.layers.positional import PositionalPotential
-from resnet_bk.ops.context import Segment, entering_green, entering_memory, entering_sum
+from resnet_bk.ops.context import Segment, entering_green, entering_memory
 from resnet_bk.ops.dispatch import choose_backend
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.mixer_step import StepParameters, mixer_step, mixer_step_
@@ -220,52 +221,28 @@ class Mixer(nn.Module):
         if on_gpu and has_tiles(config.state_size, config.head_dim):
             from resnet_bk.ops.mixer_core import mixer_core
 
-            green = None if state is None else state.green
-            if green is None and config.boundary == "wall":
-                wall = torch.zeros_like(self.energy, dtype=torch.float32)
-                green = GreenState(wall, wall)
-            memory = None if state is None else state.mix
+            memory, green = None if state is None else state.mix, self._initial_green(state)
             out, mix, green = mixer_core(
                 projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
             )
             return out, MixerState(mix, green)
-        gate, x, key, query, potential, absorption, source, *turns = projection.split(self.sizes, dim=-1)
-        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens, segment)
-        peierls = None
-        if turns:
-            gates, peierls = self._turned(gates, turns[0], source, state, cu_seqlens, segment)
-        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
+        gate, *operands = projection.split(self.sizes, dim=-1)
+        y, gates, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens, segment=segment)
         if config.head_norm:
             out = gated_norm(y, gate, self.norm_weight, epsilon=config.norm_epsilon)
         else:
             out = y.flatten(2) * (F.silu(gate) * self.norm_weight.to(gate.dtype))
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
-        return out, MixerState(mix, green, free, phase, peierls)
+        return out, after
 
-    def _turned(
-        self,
-        gates: Gates,
-        turn: Tensor,
-        source: Tensor,
-        state: MixerState | None,
-        cu_seqlens: Tensor | None,
-        segment: Segment | None,
-    ) -> tuple[Gates, Tensor]:
-        """Gates with the Peierls phases of all tokens up to each, and the phases after the last token.
-
-        A token turns a head's keys by its weight on entry to that head times up to half a turn: a token that is not
-        written does not turn either, as in a step of an ordinary differential equation.
-        """
-        wide = torch.promote_types(turn.dtype, torch.float32)
-        weight = F.softplus(source.to(wide) + self.source_bias.to(wide))
-        step = (weight[..., None] * (math.pi * torch.tanh(turn.to(wide)))[:, :, None]).flatten(2)
-        total, last = _accumulate(step, None if state is None else state.peierls, cu_seqlens, segment)
-        angle = torch.remainder(total, 2 * math.pi).to(wide).unflatten(-1, (self.config.num_heads, -1))
-        # The slow pairs, which their positions turn least.
-        angle = F.pad(angle, (self.config.state_size // 2 - self.config.peierls_pairs, 0))
-        angle = angle if gates.angle is None else angle + gates.angle
-        return gates._replace(angle=angle), torch.remainder(last, 2 * math.pi)
+    def _initial_green(self, state: MixerState | None) -> GreenState | None:
+        """M before the first token: the state's, that of a wall, or None for the lead."""
+        if state is not None and state.green is not None:
+            return state.green
+        if self.config.boundary == "lead":
+            return None
+        return self.lead(torch.float32)
 
     def _steps(self, projection: Tensor, state: MixerState, cu_seqlens: Tensor | None) -> bool:
         """Whether `step` runs as one kernel on these tokens."""
@@ -299,14 +276,24 @@ class Mixer(nn.Module):
         potential: Float[Tensor, "batch time sites*heads"],
         absorption: Float[Tensor, "batch time heads"],
         source: Float[Tensor, "batch time heads"],
+        turn: Float[Tensor, "batch time pairs"] | None = None,
         *,
         state: MixerState | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "batch time heads value"], MixerState]:
-        """What happens between the two projections but for norm and gate; arguments are raw projections."""
-        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens)
-        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, None)
-        return y, MixerState(mix, green, free, phase)
+        segment: Segment | None = None,
+    ) -> tuple[Float[Tensor, "batch time heads value"], Gates, MixerState]:
+        """Mixed values, what mixed them, and the state: all between the two projections but for norm and output gate.
+
+        Arguments are the raw projections; `turn` is there exactly if the mixer has Peierls phases.
+        """
+        gates, green, free, phase = self.gates(potential, absorption, source, state, cu_seqlens, segment)
+        peierls = None
+        if turn is not None:
+            before, pairs = None if state is None else state.peierls, self.config.state_size // 2
+            angle, peierls = peierls_angles(turn, gates.source, pairs, before, cu_seqlens, segment)
+            gates = gates._replace(angle=angle if gates.angle is None else angle + gates.angle)
+        y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
+        return y, gates, MixerState(mix, green, free, phase, peierls)
 
     def _mixed(
         self,
@@ -380,10 +367,6 @@ class Mixer(nn.Module):
         """
         config = self.config
         if self._fused_gates and segment is None:
-            initial = None if state is None else state.green
-            if initial is None and config.boundary == "wall":
-                wall = torch.zeros_like(self.energy, dtype=torch.float32)
-                initial = GreenState(wall, wall)
             (log_decay, unit), green = flux_gates(
                 potential,
                 absorption,
@@ -394,33 +377,21 @@ class Mixer(nn.Module):
                 absorption_floor=config.absorption_floor,
                 source_bias=None if config.source == "unit" else self.source_bias,
                 source_kind=config.source,
-                initial=initial,
+                initial=self._initial_green(state),
                 cu_seqlens=cu_seqlens,
             )
             return Gates(log_decay, unit), green, None, None
-        wide = torch.float64 if potential.dtype == torch.float64 else torch.float32
-        bias, floor = self.absorption_bias.to(wide), config.absorption_floor
-        eta = F.softplus(absorption.to(wide) + bias) + floor
         green = free = phase = angle = features = None
+        delta, per_site = self.medium(potential, absorption, state, cu_seqlens, segment)
+        sites, wide = config.sites_per_token, delta.dtype
+        eta = per_site[:, ::sites]
+        bounds = None if cu_seqlens is None else cu_seqlens * sites
         if config.dynamics == "decay_only":
             log_modulus = -torch.asinh(eta / 2)
             unit = torch.sqrt(-torch.expm1(2 * log_modulus))
             log_decay = log_modulus
         else:
-            energy = self.energy.to(wide)
-            # Sites of one token lie side by side in the projection and one after the other in the lattice.
-            sites = config.sites_per_token
-            potential = potential.unflatten(-1, (sites, -1)).flatten(1, 2)
-            per_site = eta if sites == 1 else eta.repeat_interleave(sites, dim=1)
-            bounds = None if cu_seqlens is None else cu_seqlens * sites
-            delta = self.potential_scale.to(wide) * potential.to(wide) - energy
-            if self._position_potential is not None:
-                fixed = self._of_positions(absorption.shape[1], state, cu_seqlens, segment).to(wide)
-                fixed = fixed if sites == 1 else fixed.repeat_interleave(sites, dim=-1)
-                delta = delta + self.position_scale.to(wide) * fixed[..., None]
-            lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
-            if config.boundary == "wall":
-                lead = GreenState(*(torch.zeros_like(part) for part in lead))
+            energy, lead = self.energy.to(wide), self.lead(wide)
             if config.dynamics == "exact":
                 before = lead if state is None or state.green is None else state.green
                 if segment is not None:
@@ -449,7 +420,7 @@ class Mixer(nn.Module):
                     turned = scattering_phase(m, m0)
                 else:
                     turned = semiclassical_root((-energy).expand_as(eta), eta)[1] - argument
-                total, phase = _accumulate(turned, None if state is None else state.phase, cu_seqlens, segment)
+                total, phase = running_sum(turned, None if state is None else state.phase, cu_seqlens, segment)
                 angle = torch.remainder(self.phase_scale.double() * total, 2 * math.pi).to(wide)[..., None]
         readout = None
         if config.kernel == "green":
@@ -463,42 +434,41 @@ class Mixer(nn.Module):
                 unit = F.softplus(gate) * (unit if config.kernel == "green" else 1)
         return Gates(log_decay, unit, readout, angle, features), green, free, phase
 
-    def _of_positions(
-        self, time: int, state: MixerState | None, cu_seqlens: Tensor | None, segment: Segment | None
-    ) -> Tensor:
-        """The fixed potential of every token [1 or batch, time]; positions count from the start of a document."""
-        assert self._position_potential is not None
-        first = 0 if segment is None else segment.offset
-        place = torch.arange(first, first + time, device=self.position_scale.device)[None]
-        start, before = 0, 0
-        if state is not None:
-            start = state.mix.position[:, None]
-            before = int(start.max())
-        if cu_seqlens is not None:
-            bounds = cu_seqlens.long()
-            start = (torch.zeros_like(bounds[1:]) if state is None else state.mix.position) - bounds[:-1]
-            start = torch.repeat_interleave(start, bounds.diff())[None]
-        return self._position_potential(place + start, before + first + time - 1)
+    def medium(
+        self,
+        potential: Float[Tensor, "batch time sites*heads"],
+        absorption: Float[Tensor, "batch time heads"],
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        segment: Segment | None = None,
+    ) -> tuple[Float[Tensor, "batch all_sites heads"], Float[Tensor, "batch all_sites heads"]]:
+        """Detuning (0 without a potential) and absorption of every site, float32 or wider, from the raw projections."""
+        config = self.config
+        wide = torch.float64 if absorption.dtype == torch.float64 else torch.float32
+        sites = config.sites_per_token
+        eta = F.softplus(absorption.to(wide) + self.absorption_bias.to(wide)) + config.absorption_floor
+        eta = eta if sites == 1 else eta.repeat_interleave(sites, dim=1)
+        if config.dynamics == "decay_only":
+            return torch.zeros_like(eta), eta
+        # Sites of one token lie side by side in the projection and one after the other in the lattice.
+        potential = potential.unflatten(-1, (sites, -1)).flatten(1, 2)
+        delta = self.potential_scale.to(wide) * potential.to(wide) - self.energy.to(wide)
+        if self._position_potential is not None:
+            before, first = None if state is None else state.mix.position, 0 if segment is None else segment.offset
+            fixed = self._position_potential.of_tokens(absorption, first, before, cu_seqlens).to(wide)
+            fixed = fixed.repeat_interleave(sites, dim=-1)
+            delta = delta + self.position_scale.to(wide) * fixed[..., None]
+        return delta, eta
+
+    def lead(self, dtype: torch.dtype) -> GreenState:
+        """M before the first token [heads]: of a medium at rest, or 0 behind a wall."""
+        energy, bias = self.energy.to(dtype), self.absorption_bias.to(dtype)
+        if self.config.boundary == "wall":
+            return GreenState(torch.zeros_like(energy), torch.zeros_like(energy))
+        return GreenState(*decaying_root(-energy, F.softplus(bias) + self.config.absorption_floor))
 
     @staticmethod
     def _cayley(real: Tensor, imag: Tensor) -> Tensor:
         """(m - i) / (m + i) of every head, inside the unit disc: real parts, then imaginary parts."""
         square = real.square() + (imag + 1).square()
         return torch.cat((1 - 2 * (imag + 1) / square, -2 * real / square), dim=-1)
-
-
-def _accumulate(
-    turned: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, segment: Segment | None
-) -> tuple[Tensor, Tensor]:
-    """Running sum of `turned` [batch, time, heads] per sequence or document from `start` [rows, heads], and its end."""
-    total = turned.double().cumsum(1)
-    if segment is not None:
-        start = entering_sum(total[:, -1], segment, first=start)
-    if cu_seqlens is None:
-        total = total if start is None else total + start[:, None]
-        return total, total[:, -1].clone()  # a view would keep all sites alive
-    bounds = cu_seqlens.long()
-    before = torch.cat((total.new_zeros(1, total.shape[2]), total[0]))[bounds[:-1]]
-    offset = -before if start is None else start - before
-    total = total + torch.repeat_interleave(offset, bounds.diff(), dim=0)[None]
-    return total, total[0, bounds[1:] - 1]

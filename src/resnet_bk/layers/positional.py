@@ -37,6 +37,28 @@ class PositionalPotential:
             self._table = self._values(max(last + 1, len(self._table))).to(positions.device)
         return self._table[positions]
 
+    def of_tokens(
+        self, tokens: Tensor, first: int = 0, before: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Float[Tensor, "rows time"]:
+        """Potential of every token, one row for all sequences where they agree; documents count from their start.
+
+        Args:
+            tokens: [batch, time, ...], for its length and device.
+            first: tokens of the sequences that other ranks hold before these.
+            before: tokens read before these, int64 [rows]; None is 0.
+            cu_seqlens: boundaries of packed documents.
+        """
+        time = tokens.shape[1]
+        place = torch.arange(first, first + time, device=tokens.device)[None]
+        most = 0 if before is None else int(before.max())
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.long()
+            start = -bounds[:-1] if before is None else before - bounds[:-1]
+            place = place + torch.repeat_interleave(start, bounds.diff())[None]
+        elif before is not None:
+            place = place + before[:, None]
+        return self(place, most + first + time - 1)
+
     def _values(self, count: int) -> Tensor:
         """The potential of at least `count` positions, on the CPU."""
         blocks = []

@@ -18,7 +18,7 @@ from resnet_bk.errors import CheckpointError
 from resnet_bk.models.checkpoint import load_description
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.saving.checksums import CHECKSUMS_FILE, verify_checksums
-from resnet_bk.training.saving.state import FIRST_FORMAT, STATE_FILE, load_model, read_state
+from resnet_bk.training.saving.state import STATE_FILE, load_model, read_state
 from resnet_bk.training.saving.together import on_first_rank, rank_of
 
 PARTIAL = ".partial"
@@ -58,13 +58,13 @@ def verify_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> 
     """Raise `CheckpointError` naming the first file of `folder` that is missing, truncated or changed.
 
     Args:
-        folder: a checkpoint; one of the first format has no checksums, and only its `trainer_state.json` is read.
+        folder: a checkpoint.
         group: ranks that share the reading; every one of them calls this.
     """
     folder = Path(folder)
     if (folder / CHECKSUMS_FILE).is_file():
         verify_checksums(folder, group)
-    elif read_state(folder)["format"] != FIRST_FORMAT:
+    else:
         raise CheckpointError(f"{folder / CHECKSUMS_FILE} is missing.")
 
 

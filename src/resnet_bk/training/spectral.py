@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_bk.errors import ConfigError, DomainError, ShapeError
 from resnet_bk.layers.mixer import Mixer
-from resnet_bk.ops.resolvent import GreenState, causal_resolvent, decaying_root
+from resnet_bk.ops.resolvent import causal_resolvent, decaying_root
 from resnet_bk.theory.spectral_monitor import MediumReport, clip_factors, medium_report, schatten_bound
 from resnet_bk.training.callbacks import Callback, open_rows_of
 
@@ -184,28 +183,15 @@ def _mixers(model: Any) -> dict[int, Mixer]:
 
 
 def _medium(mixer: Mixer, projection: Tensor) -> Medium:
-    """The medium behind a mixer's raw projection, by the equations of `Mixer.gates`."""
-    config = mixer.config
-    wide = torch.float64 if projection.dtype == torch.float64 else torch.float32
+    """The medium behind a mixer's raw projection."""
     raw, shift = projection.split(mixer.sizes, dim=-1)[4:6]
-    bias, floor = mixer.absorption_bias.to(wide), config.absorption_floor
-    absorption = F.softplus(shift.to(wide) + bias) + floor
-    if config.dynamics == "decay_only":
-        potential = torch.zeros_like(absorption)
-        return Medium(potential, absorption, *decaying_root(potential, absorption))
-    energy = mixer.energy.to(wide)
-    potential = mixer.potential_scale.to(wide) * raw.unflatten(-1, (config.sites_per_token, -1)).flatten(1, 2).to(wide)
-    if config.position_potential != "none":
-        fixed = mixer._of_positions(shift.shape[1], None, None, None).to(wide)
-        fixed = fixed.repeat_interleave(config.sites_per_token, dim=-1)
-        potential = potential + mixer.position_scale.to(wide) * fixed[..., None]
-    absorption = absorption.repeat_interleave(config.sites_per_token, dim=1)
-    if config.dynamics == "semiclassical":
-        return Medium(potential, absorption, *decaying_root(potential - energy, absorption))
-    lead = GreenState(*decaying_root(-energy, F.softplus(bias) + floor))
-    if config.boundary == "wall":
-        lead = GreenState(*(torch.zeros_like(part) for part in lead))
-    (real, imag), _ = causal_resolvent(potential - energy, absorption, initial=lead)
+    detuning, absorption = mixer.medium(raw, shift)
+    dynamics = mixer.config.dynamics
+    potential = detuning if dynamics == "decay_only" else detuning + mixer.energy.to(detuning.dtype)
+    if dynamics == "exact":
+        (real, imag), _ = causal_resolvent(detuning, absorption, initial=mixer.lead(detuning.dtype))
+    else:
+        real, imag = decaying_root(detuning, absorption)
     return Medium(potential, absorption, real, imag)
 
 

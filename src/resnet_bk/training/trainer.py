@@ -39,6 +39,7 @@ from resnet_bk.training.config import DistributedConfig, MemoryConfig, TrainingC
 from resnet_bk.training.device import resolve_precision
 from resnet_bk.training.distributed import Engine, share_out
 from resnet_bk.training.finite import first_nonfinite
+from resnet_bk.training.interval import Interval
 from resnet_bk.training.memory import apply_memory
 from resnet_bk.training.optimizer import build_optimizer, set_learning_rate
 from resnet_bk.training.random_state import random_state, restore_random_state, seed_everything
@@ -141,7 +142,7 @@ class Trainer:
         """Tokens read by those steps."""
         self.learning_rate_factor = 1.0
         """What the schedule's rate is multiplied by; a callback may lower it for a while."""
-        self._interval = _Interval()
+        self._interval = Interval()
         self._overflows = 0
         self._started = self._stopping = False
         self._group = checkpoint_group()
@@ -370,7 +371,7 @@ class Trainer:
         }
         if self.scaler.is_enabled():
             row |= {"overflow_steps": self._overflows, "gradient_scale": self.scaler.get_scale()}
-        self._interval = _Interval()
+        self._interval = Interval()
         self._call("on_log", row)
 
     def _log_validation(self, evaluation: StreamEvaluation) -> None:
@@ -429,7 +430,7 @@ class Trainer:
         self.train_loader.load_state_dict(state["data"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self._interval = _Interval(**state["interval"])
+        self._interval = Interval(**state["interval"])
         self._overflows, self.step, self.tokens = state["overflow_steps"], state["step"], state["tokens"]
         self.learning_rate_factor = state.get("learning_rate_factor", 1.0)
         restore_callbacks(self.callbacks, state.get("callbacks", {}))
@@ -476,36 +477,6 @@ class Trainer:
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
-
-
-@dataclass
-class _Interval:
-    """Sums over the steps since the last row of metrics."""
-
-    nats: float = 0.0
-    targets: int = 0
-    gradient_norm: float = 0.0
-    updates: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, nats: float, targets: int, gradient_norm: float, tokens: int, seconds: float) -> None:
-        """Add one step; a gradient that overflowed under float16 updated nothing and has no norm."""
-        self.nats += nats
-        self.targets += targets
-        if math.isfinite(gradient_norm):
-            self.gradient_norm += gradient_norm
-            self.updates += 1
-        self.tokens += tokens
-        self.seconds += seconds
-
-    def means(self) -> dict[str, float | None]:
-        """The columns of a row."""
-        return {
-            "loss": self.nats / self.targets,
-            "gradient_norm": self.gradient_norm / self.updates if self.updates else None,
-            "tokens_per_second": self.tokens / self.seconds,
-        }
 
 
 def _due(step: int, every: int) -> bool:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -43,9 +41,6 @@ STATE_FILE = "trainer_state.json"
 OPTIMIZER_FOLDER = "optimizer"
 SHARDS_FOLDER = "model"
 FORMAT = 2
-# The first format: no checksums, the optimizer in one file, one process.
-FIRST_FORMAT = 1
-FIRST_OPTIMIZER_FILE = "optimizer.safetensors"
 
 _WITHOUT_STATE = "parameters_without_optimizer_state"
 
@@ -151,8 +146,8 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); use an older checkpoint.") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found not in (FORMAT, FIRST_FORMAT):
-        raise CheckpointError(f"{path} has format {found!r}; this version reads formats {FIRST_FORMAT} and {FORMAT}.")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
     return state
 
 
@@ -199,9 +194,6 @@ def load_optimizer(
 ) -> None:
     """Load the optimizer's part of a checkpoint; `state` is its JSON part. Raises as `load_state` does."""
     source, without_state = folder / OPTIMIZER_FOLDER, state[_WITHOUT_STATE]
-    if state["format"] == FIRST_FORMAT:
-        _load_first_format(folder / FIRST_OPTIMIZER_FILE, model, optimizer, without_state)
-        return
     if not source.is_dir():
         raise CheckpointError(f"{folder} is not a training checkpoint: it has no {OPTIMIZER_FOLDER}.")
     tensors = empty_optimizer_tensors(model, without_state)
@@ -220,14 +212,6 @@ def _weights(model: Any) -> dict[str, Tensor]:
     """The tensors of a model folder: parameters and buffers, tied ones once. They share memory with `model`."""
     state = model.state_dict()
     return {name: state[name].detach() for name in aliases(model)}
-
-
-def _load_first_format(path: Path, model: Any, optimizer: torch.optim.Optimizer, without_state: list[str]) -> None:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, truncated or damaged ({error}); use an older checkpoint.") from None
-    load_optimizer_tensors(model, optimizer, tensors, without_state=without_state, file=str(path))
 
 
 def _write_whole(snapshot: Snapshot, folder: Path) -> None:
