@@ -92,6 +92,12 @@ class ModelConfig:
     """Added to the mean square inside every RMSNorm."""
     dropout: float = 0.0
     """Probability of zeroing a channel of a mixer's or feed-forward's output during training."""
+    word_dropout: float = 0.0
+    """Probability of leaving a word out of a training pass: its embedding is 0 wherever it stands."""
+    input_dropout: float = 0.0
+    """Probability of zeroing a channel of the embeddings, through a whole training sequence."""
+    output_dropout: float = 0.0
+    """Probability of zeroing a channel of what the output head reads, through a whole training sequence."""
 
     def __post_init__(self) -> None:
         """Check every field; raises `ConfigError` naming the first that is wrong."""
@@ -117,8 +123,9 @@ class ModelConfig:
                 f"model.position_potential is {self.position_potential!r}, but dynamics 'decay_only' has no potential. "
                 "Set one of them."
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout is {self.dropout!r}; expected a probability in [0, 1).")
+        for name in ("dropout", "word_dropout", "input_dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a probability in [0, 1).")
         if self.inner_dim % self.head_dim:
             raise ConfigError(f"model.head_dim is {self.head_dim}; it must divide expand * d_model = {self.inner_dim}.")
         if self.state_size % 2:
@@ -170,6 +177,11 @@ class ModelConfig:
         return tuple(
             "attention" if every and place % every == 0 else self.mixer for place in range(1, self.num_layers + 1)
         )
+
+    @property
+    def draws(self) -> bool:
+        """Whether a training pass draws random numbers: any dropout."""
+        return max(self.dropout, self.word_dropout, self.input_dropout, self.output_dropout) > 0
 
     @property
     def inner_dim(self) -> int:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnet_bk.errors import ConfigError, DomainError, ShapeError
 from resnet_bk.layers.attention import Attention, AttentionState
+from resnet_bk.layers.dropout import locked_dropout, word_dropout
 from resnet_bk.layers.feed_forward import FeedForward
 from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
 from resnet_bk.layers.mamba3 import Mamba3
@@ -312,12 +313,17 @@ class LanguageModel(nn.Module):
         run_block: Callable,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """The normed residual stream after these tokens, and the states that continue them."""
+        config = self.config
         x = self.embedding(ids)
+        if self.training:
+            x = word_dropout(x, ids, config.vocab_size, config.word_dropout)
+            x = locked_dropout(x, config.input_dropout)
         following = []
         for block, before in zip(self.blocks, states, strict=True):
             x, after = run_block(block, x, before, cu_seqlens, segment)
             following.append(after)
-        return self.norm(x), tuple(following)
+        x = self.norm(x)
+        return locked_dropout(x, config.output_dropout) if self.training else x, tuple(following)
 
     @staticmethod
     def _block(
@@ -327,7 +333,7 @@ class LanguageModel(nn.Module):
 
     def _recomputed(self, function: Callable) -> Callable:
         """`function`, keeping its arguments alone; the backward pass calls it again."""
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.config.dropout > 0}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.config.draws}
         return partial(checkpoint, function, **options)
 
     def _segment(self, input_ids: Tensor, group: SequenceGroup | None, cu_seqlens: Tensor | None) -> Segment | None:
