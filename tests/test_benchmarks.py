@@ -51,6 +51,23 @@ def test_mixer_speed_at_toy_size(tmp_path):
 
 
 @pytest.mark.slow
+def test_long_training_at_toy_size(tmp_path):
+    rows = _toy("long_training.py", tmp_path, "--only", "resnet-bk", "--only", "transformer", "--budget", "600")
+    assert [(row["arm"], row["length_tokens"]) for row in rows] == [
+        (arm, length) for arm in ("resnet-bk", "transformer") for length in (64, 256, 512)
+    ]
+    for row in rows:
+        assert row["steps"] == row["planned_steps"] == len(row["losses"].split()) == len(row["gradient_norms"].split())
+        assert row["last_loss"] < row["first_loss"] and row["not_finite"] == 0
+    assert rows[2]["judged_steps"] == 6
+    assert rows[2]["over_shortest"] == pytest.approx(rows[2]["tokens_per_second"] / rows[0]["tokens_per_second"])
+    assert len(_toy("long_training.py", tmp_path, "--only", "resnet-bk", "--only", "transformer")) == len(rows)
+    slow = _toy("long_training.py", tmp_path / "limit", "--only", "transformer", "--step-limit", "1e-9")
+    assert slow[0]["steps"] == 3
+    assert all(row["outcome"].startswith("not run: a step would take about") for row in slow[1:])
+
+
+@pytest.mark.slow
 def test_model_speed_at_toy_size(tmp_path):
     rows = _toy("model_speed.py", tmp_path)
     speeds = {(r["part"], r["arm"]) for r in rows if r.get("tokens_per_second", 0) > 0}
