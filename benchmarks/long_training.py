@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,22 +38,20 @@ from gpu_timing import (
     start_again,
     summary,
 )
+from timed_trainer import WARM_UP, BareTrainer, Steps, peak_gigabytes
 
-from resnet_bk import Trainer, TrainingConfig
+from resnet_bk import TrainingConfig
 from resnet_bk.data.config import DataConfig
 from resnet_bk.data.loader import TokenLoader
 from resnet_bk.data.shards import TokenDataset, open_shard
 from resnet_bk.data.sources import open_corpus
 from resnet_bk.layers.mixer import Mixer
 from resnet_bk.models.resnet_bk import LanguageModel
-from resnet_bk.training.callbacks import Callback
 from resnet_bk.training.config import MemoryConfig
 from resnet_bk.training.stability.config import StabilityConfig
 from resnet_bk.training.stability.monitor import STABILITY_FILE, StabilityMonitor
 
 ARMS = {kind.split()[0]: kind for kind in peer_models.KINDS}
-WARM_UP = 2
-"""First steps of a run, whose time does not count."""
 COLUMNS = {"arm": 28, "length_tokens": 13, "steps": 5, "spikes": 6, "not_finite": 10, "first_loss": 10, "last_loss": 9}
 COLUMNS |= {"largest_gradient_norm": 21, "peak_gigabytes": 14, "tokens_per_second": 17, "over_shortest": 13}
 COLUMNS |= {"over_resnet_bk": 14, "outcome": 7}
@@ -105,45 +101,6 @@ TOY = Plan(
 )
 
 
-class LongTrainer(Trainer):
-    """Leaves out the checkpoint at the end, which is no part of the measurement, and large."""
-
-    def save_checkpoint(self, *, wait: bool = True) -> Path:
-        return self.output_dir
-
-
-class Watch(Callback):
-    """Losses, gradient norms and seconds of all steps; ends the run when the next step might pass the deadline."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.seconds: list[float] = []
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        if trainer.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.device)
-        self._last = time.perf_counter()
-
-    def on_gradients(self, trainer: Trainer, loss: float, gradient_norm: float) -> None:
-        self.losses.append(loss)
-        self.norms.append(gradient_norm)
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
-        if time.time() + 1.2 * self.seconds[-1] > self.deadline:
-            trainer.stop()
-
-    @property
-    def median_seconds(self) -> float | None:
-        """Of a step after the first ones; of the last if there are no others."""
-        counted = self.seconds[WARM_UP:] or self.seconds[-1:]
-        return statistics.median(counted) if counted else None
-
-
 class Bench:
     """The arms at every length, with what they share."""
 
@@ -171,7 +128,7 @@ class Bench:
     def train(self, name: str, stage: Stage, folder: Path) -> None:
         """One run, and its row."""
         steps = stage.steps if name == "resnet-bk" else stage.peer_steps
-        watch = Watch(self.arguments.deadline)
+        watch = Steps(self.arguments.deadline)
         model, outcome = None, None
         try:
             torch.manual_seed(0)
@@ -184,7 +141,6 @@ class Bench:
         events = [json.loads(line) for line in found.read_text().splitlines()] if found.is_file() else []
         seconds = watch.median_seconds
         speed = None if seconds is None else stage.tokens / seconds
-        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
         self.rows.add(
             **self.key(name, stage),
             preset=self.plan.preset,
@@ -200,7 +156,7 @@ class Bench:
             first_loss=watch.losses[0] if watch.losses else None,
             last_loss=watch.losses[-1] if watch.losses else None,
             largest_gradient_norm=max(watch.norms, default=None),
-            peak_gigabytes=peak,
+            peak_gigabytes=peak_gigabytes(self.device),
             tokens_per_second=speed,
             over_shortest=self.ratio(speed, name, self.plan.stages[0]) if stage != self.plan.stages[0] else None,
             over_resnet_bk=self.ratio(speed, "resnet-bk", stage) if name != "resnet-bk" else None,
@@ -214,7 +170,7 @@ class Bench:
             outcome=outcome,
         )
 
-    def run(self, model: LanguageModel, stage: Stage, steps: int, watch: Watch, folder: Path) -> None:
+    def run(self, model: LanguageModel, stage: Stage, steps: int, watch: Steps, folder: Path) -> None:
         """Train, with all that watches."""
         plan = self.plan
         training = TrainingConfig(
@@ -226,7 +182,7 @@ class Bench:
         probe = None
         if any(isinstance(module, Mixer) for module in model.modules()):
             probe = torch.from_numpy(self.tokens.tokens[: stability.probe_tokens].astype(np.int64))[None]
-        trainer = LongTrainer(
+        trainer = BareTrainer(
             model,
             TokenLoader(self.tokens, stage.length, stage.rows),
             training,

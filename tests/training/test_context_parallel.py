@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import subprocess
-import sys
-from pathlib import Path
-
 import context_worker
 import pytest
 import torch
@@ -120,18 +115,3 @@ def test_packed_documents_are_named():
 def test_a_size_that_does_not_divide_the_ranks():
     with pytest.raises(ConfigError, match="context_parallel is 2"):
         context_group(2)
-
-
-@pytest.mark.slow
-def test_the_scaling_benchmark_at_toy_size():
-    root = Path(__file__).parents[2]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "benchmarks/parallel_scaling.py", "--toy", "--no-row", "--steps", "1",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    found = ast.literal_eval(line)
-    assert found["ranks"] == 2
-    assert found["context_loss_relative_error"] < 1e-6 and found["context_norm_relative_error"] < 1e-5
