@@ -140,3 +140,11 @@ def test_numbers_of_an_option():
     assert default_rates(1e-3) == (5e-4, 1e-3, 2e-3)
     with pytest.raises(ConfigError, match="--seeds is '0,x'"):
         parse_numbers("0,x", "seeds", int)
+
+
+def test_dynamic_rates_need_a_test_split(comparison, corpus, tmp_path):
+    wanted = dataclasses.replace(comparison, dynamic_rates=(1e-4,))
+    assert wanted.trial(wanted.arms[0], 1e-3, 0).dynamic_rates == (1e-4,)
+    options = {"command": "test", "commit": "c", "benchmarks": tmp_path, "work_dir": tmp_path}
+    with pytest.raises(ConfigError, match="no test split"):
+        compare(wanted, CorpusSource(), corpus=dataclasses.replace(corpus, test=None), **options)

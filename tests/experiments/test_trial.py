@@ -143,3 +143,21 @@ def test_loss_by_position_is_measured_after_training(toy_model, toy_training, co
     # It is part of what a run is, where it is asked for.
     assert trial.identity(corpus) != plain.identity(corpus)
     assert "texts" not in plain.identity(corpus)
+
+
+def test_dynamic_evaluation_is_a_reading_of_its_own(toy_model, toy_training, corpus, tmp_path):
+    plain = make(toy_model, toy_training)
+    rates = (1e30, 1e-4, 0.0)
+    trial = dataclasses.replace(plain, dynamic_rates=rates)
+    assert "dynamic_rates" not in plain.identity(corpus) and trial.identity(corpus)["dynamic_rates"] == list(rates)
+    metrics = run_trial(trial, corpus, folder=tmp_path).metrics
+    without = run_trial(plain, corpus, folder=tmp_path).metrics
+    assert metrics["test_loss"] == without["test_loss"] and "test_loss_dynamic" not in without
+    assert metrics["dynamic_rate"] in rates[1:]
+    assert metrics["test_perplexity_dynamic"] == math.exp(metrics["test_loss_dynamic"])
+    still = run_trial(dataclasses.replace(plain, dynamic_rates=(0.0,)), corpus, folder=tmp_path).metrics
+    assert still["test_loss_dynamic"] == pytest.approx(still["test_loss_stream"], rel=1e-5)
+    assert (
+        run_trial(dataclasses.replace(plain, dynamic_rates=(1e30,)), corpus, folder=tmp_path).metrics["dynamic_rate"]
+        is None
+    )

@@ -16,12 +16,20 @@ DESCRIPTION = (
 def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk benchmark compare` with these arguments."""
     parser, parsed_arguments = training_parser("compare", DESCRIPTION, arguments)
+    parser.add_argument(
+        "--dynamic-rates",
+        type=str,
+        default="",
+        help="Also read the test split with updates from what was read: rates to choose from on validation.",
+    )
     options = parser.parse(parsed_arguments)
 
     from resnet_bk.experiments.arms import make_arms
-    from resnet_bk.experiments.compare import QUESTION, Comparison, compare
+    from resnet_bk.experiments.compare import QUESTION, Comparison, compare, parse_numbers
 
     given = comparison_options("compare", parser, options, arguments, QUESTION)
     arms = make_arms(given.model, given.changes)
-    compare(Comparison(arms, given.training, **given.protocol), given.source, **given.running)
+    rates = parse_numbers(options.dynamic_rates, "dynamic-rates")
+    comparison = Comparison(arms, given.training, dynamic_rates=rates, **given.protocol)
+    compare(comparison, given.source, **given.running)
     return 0

@@ -187,17 +187,10 @@ class _BinSums:
 
 def _stream_losses(model: StreamModel, tokens: Tokens, segment_length: int) -> Iterator[tuple[int, Tensor]]:
     """Pairs (position of the first predicted token, float64 losses [n] of a segment's predicted tokens)."""
-    if segment_length < 1:
-        raise DomainError(f"segment_length is {segment_length}; expected a number of tokens >= 1.")
-    if tokens.ndim != 1 or len(tokens) < 2:
-        raise ShapeError(f"tokens has shape {tuple(tokens.shape)}; expected one row of at least two token ids.")
     weight = model.output_weight
     state = None
-    with _evaluation_mode(model):
-        for start in range(0, len(tokens) - 1, segment_length):
-            # One token more than is fed: the last target of the segment.
-            ids = _segment(tokens, start, min(start + segment_length, len(tokens) - 1) + 1).to(weight.device)
-            _check_ids(ids, weight.shape[0], start)
+    with evaluation_mode(model):
+        for start, ids in stream_segments(model, tokens, segment_length):
             with torch.no_grad():
                 hidden, state = model.hidden_states(ids[None, :-1], state=state)
                 losses = linear_cross_entropy(hidden[0], weight, ids[1:], reduction="none").double()
@@ -210,6 +203,22 @@ def _stream_losses(model: StreamModel, tokens: Tokens, segment_length: int) -> I
                     "checkpoint."
                 )
             yield start + 1, losses
+
+
+def stream_segments(model: StreamModel, tokens: Tokens, segment_length: int) -> Iterator[tuple[int, Tensor]]:
+    """Pairs (position of the first token, int64 ids [n + 1] on the model's device) of segments of n tokens or fewer.
+
+    The last id is a target only: the next segment begins with it. Errors are those of `evaluate_stream`.
+    """
+    if segment_length < 1:
+        raise DomainError(f"segment_length is {segment_length}; expected a number of tokens >= 1.")
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ShapeError(f"tokens has shape {tuple(tokens.shape)}; expected one row of at least two token ids.")
+    weight = model.output_weight
+    for start in range(0, len(tokens) - 1, segment_length):
+        ids = _segment(tokens, start, min(start + segment_length, len(tokens) - 1) + 1).to(weight.device)
+        _check_ids(ids, weight.shape[0], start)
+        yield start, ids
 
 
 def _segment(tokens: Tokens, start: int, stop: int) -> Tensor:
@@ -236,7 +245,7 @@ def _check_ids(ids: Tensor, vocab_size: int, start: int) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: StreamModel) -> Iterator[None]:
+def evaluation_mode(model: StreamModel) -> Iterator[None]:
     """Dropout off inside, as it was after."""
     was_training = model.training
     model.train(False)

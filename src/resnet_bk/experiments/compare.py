@@ -53,6 +53,8 @@ class Comparison:
     """Tokens of the long texts on which the loss by position is measured after training; 0 leaves that out."""
     texts: int = 16
     """Most of those texts."""
+    dynamic_rates: tuple[float, ...] = ()
+    """Rates of dynamic evaluation to choose from, after training; none leaves that out."""
 
     def __post_init__(self) -> None:
         """Check what can be known before anything runs; raises `ConfigError`."""
@@ -74,7 +76,15 @@ class Comparison:
         """One run."""
         training = dataclasses.replace(self.training, learning_rate=rate, seed=seed)
         return Trial(
-            arm, training, self.context, self.window, self.curve_points, self.label, self.text_length, self.texts
+            arm,
+            training,
+            self.context,
+            self.window,
+            self.curve_points,
+            self.label,
+            self.text_length,
+            self.texts,
+            self.dynamic_rates,
         )
 
     def due(self, done: Callable[[Trial], Mapping[str, Any] | None]) -> Iterator[Trial]:
@@ -138,6 +148,11 @@ def compare(
         raise ConfigError(f"parallel is {parallel}; expected a number of runs at once >= 1.")
     deadline = math.inf if budget is None else time.monotonic() + budget
     corpus = source.open() if corpus is None else corpus
+    if comparison.dynamic_rates and "test" not in corpus.splits:
+        raise ConfigError(
+            f"dynamic_rates is {list(comparison.dynamic_rates)}, but corpus {corpus.name!r} has no test split to read "
+            "with the rate that is chosen on validation; leave it out."
+        )
     for arm in comparison.arms:
         if arm.model.vocab_size < corpus.vocab_size:
             raise ConfigError(

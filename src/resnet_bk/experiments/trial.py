@@ -18,6 +18,7 @@ from torch import Tensor
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.errors import DomainError, ResNetBKError
 from resnet_bk.evaluation.perplexity import StreamEvaluation, evaluate_stream, loss_by_position
+from resnet_bk.experiments.adapting import dynamic_readings
 from resnet_bk.experiments.arms import Arm
 from resnet_bk.experiments.batches import TrainingBatch, TrainingBatches
 from resnet_bk.experiments.corpora import ExperimentCorpus
@@ -64,6 +65,8 @@ class Trial:
     """Tokens of the long texts on which the loss by position is measured after training; 0 leaves that out."""
     texts: int = 16
     """Most of those texts."""
+    dynamic_rates: tuple[float, ...] = ()
+    """Rates of dynamic evaluation to choose from, after training; none leaves that out."""
 
     @property
     def tokens(self) -> int:
@@ -97,7 +100,8 @@ class Trial:
         """
         device = self.device
         training = {name: v for name, v in dataclasses.asdict(self.training).items() if name not in _UNUSED}
-        long = {"text_length": self.text_length, "texts": self.texts} if self.text_length else {}
+        long: dict[str, Any] = {"text_length": self.text_length, "texts": self.texts} if self.text_length else {}
+        dynamic = {"dynamic_rates": list(self.dynamic_rates)} if self.dynamic_rates else {}
         return {
             "kind": "trial",
             "model": self.arm.model.to_dict(),
@@ -110,6 +114,7 @@ class Trial:
             "label": self.label,
             "corpus": corpus.identity,
             **long,
+            **dynamic,
         }
 
 
@@ -288,6 +293,9 @@ class _Run:
             metrics |= choose_reading(metrics)
             if trial.text_length:
                 metrics |= self._by_position()
+            if trial.dynamic_rates:
+                with self._autocast():
+                    metrics |= dynamic_readings(self.model, self.corpus, trial.dynamic_rates)
             metrics["evaluation_seconds"] = round(time.perf_counter() - started, 3)
         metrics["training_state"] = trial.context if trial.context != "carried" or trial.carries_state else "fresh"
         return TrialResult(outcome, metrics, predictions, before + time.monotonic() - began)
