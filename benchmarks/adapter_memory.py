@@ -1,12 +1,13 @@
-"""Peak memory of a training step of adapters on four-bit weights, in a process whose memory may be capped.
+"""Measured and predicted peak memory of training adapters on four-bit weights, in a process whose memory is capped.
 
-    python benchmarks/adapter_memory.py                                  # 10b on a GPU, 2,048 tokens
-    python benchmarks/adapter_memory.py --preset large --device cpu --cap-gigabytes 8 --tokens 512
-    python benchmarks/adapter_memory.py --toy                            # the script itself, tiny, on a CPU
+    python benchmarks/adapter_memory.py                                  # 10b in 16 GB on a GPU: two to four minutes
+    python benchmarks/adapter_memory.py --preset large --device cpu --tokens 512
+    python benchmarks/adapter_memory.py --toy                            # the script itself, tiny, on a CPU, no row
 
-The weights are random: only their bytes count. One matrix at a time exists in float32. On a CPU the cap is one of the
-address space (RLIMIT_AS) and the peak is that of resident memory; on a GPU both are those of PyTorch's allocator.
-Appends one row to `benchmarks/results/adapter-memory.jsonl`.
+The weights are random: only their bytes count. They are drawn and packed one matrix at a time, so that no two exist in
+float32. On a GPU cap and peak are those of PyTorch's allocator (the CUDA context lies outside), and the cap holds for
+the building too; on a CPU the cap is one of the address space (RLIMIT_AS) and the peak that of resident memory. A run
+that the cap ends is a row too.
 """
 
 from __future__ import annotations
@@ -15,40 +16,107 @@ import argparse
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import nn
 
-from resnet_bk import LanguageModel, ModelConfig
+from resnet_bk import LanguageModel, ModelConfig, RunConfig, TrainingConfig
 from resnet_bk.evaluation.ledger import append_row
-from resnet_bk.layers.lora import AdaptedLinear
+from resnet_bk.layers.lora import AdaptedLinear, adapt
+from resnet_bk.models.config import AdapterConfig
+from resnet_bk.models.resnet_bk import TokenMixer
+from resnet_bk.training.config import MemoryConfig
+from resnet_bk.training.memory import apply_memory
+from resnet_bk.training.optimizer import build_optimizer
+from resnet_bk.training.plan import plan_memory
+
+STEPS = 3
 
 
-def adapted_model(config: ModelConfig, device: torch.device, rank: int) -> LanguageModel:
+def adapted_model(config: ModelConfig, adapters: AdapterConfig, device: torch.device) -> LanguageModel:
     """A model of random packed matrices, of which no two exist unpacked at once."""
     with torch.device("meta"):
         model = LanguageModel(config)
-    model.requires_grad_(False)
-    for parent in list(model.blocks.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                weight = torch.randn(child.weight.shape, device=device) * (3 * child.in_features) ** -0.5
-                setattr(parent, name, AdaptedLinear(weight, rank=rank))
+    adapt(model, rank=adapters.rank, alpha=adapters.alpha, group=adapters.group)
     for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.to_empty(device=device)
+            module.reset_adapter()
+            module.pack(torch.randn(module.out_features, module.in_features, device=device) / module.in_features**0.5)
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                values = 0.02 * torch.randn(parameter.shape, device=device)
-                setattr(module, name, nn.Parameter(values, requires_grad=False))
-    for module in model.modules():
-        if not isinstance(module, LanguageModel) and not isinstance(module, nn.Linear | nn.Embedding | nn.Dropout):
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+            values = 0.02 * torch.randn(parameter.shape, device=device)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+        if isinstance(module, TokenMixer | nn.RMSNorm):
+            module.reset_parameters()
     return model
 
 
+class Peak:
+    """Largest number of bytes since the start or the last `restart`, and the cap on them."""
+
+    def __init__(self, device: torch.device, cap: int) -> None:
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        else:
+            resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+        self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def restart(self) -> None:
+        """Forget the peak of the building; the operating system does not forget that of a CPU."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def bytes(self) -> int:
+        """Allocated on a GPU; resident on a CPU, beyond what was resident at the start."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._before
+
+
+def measure(config: RunConfig, device: torch.device, peak: Peak) -> dict[str, Any]:
+    """What the model takes and what its steps take, in gigabytes."""
+    model = adapted_model(config.model, config.adapters, device)
+    held = [*model.parameters(), *model.buffers()]
+    packed = [module.codes for module in model.modules() if isinstance(module, AdaptedLinear)]
+    metrics: dict[str, Any] = {
+        "packed_numbers": sum(2 * codes.numel() for codes in packed),
+        "trained_numbers": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "model_gigabytes": sum(tensor.nbytes for tensor in held) / 1e9,
+        "peak_gigabytes_building": peak.bytes() / 1e9,
+    }
+    peak.restart()
+    apply_memory(model, config.memory)
+    optimizer = build_optimizer(model, config.training, device, config.memory)
+    ids = torch.randint(config.model.vocab_size, (1, config.training.sequence_length), device=device)
+    losses, seconds = [], []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    metrics |= {
+        "peak_gigabytes": peak.bytes() / 1e9,
+        "loss_nats_first": losses[0],
+        "loss_nats_last": losses[-1],
+        "seconds_last_step": seconds[-1],
+    }
+    if peak.on_gpu:
+        metrics["reserved_gigabytes"] = torch.cuda.max_memory_reserved() / 1e9
+    return metrics
+
+
 def main() -> None:
-    """Build, run two steps, print and append the peak."""
+    """Predict, build, run the steps, print and append the row."""
     parser = argparse.ArgumentParser(description="Peak memory of training adapters on four-bit weights.")
     parser.add_argument("--preset", default="10b")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -59,39 +127,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.toy:
         arguments.preset, arguments.device, arguments.tokens = "tiny", "cpu", 128
-    start, device, cap = time.perf_counter(), torch.device(arguments.device), int(arguments.cap_gigabytes * 1e9)
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
-    else:
-        resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
-    torch.manual_seed(0)
-    config = ModelConfig.preset(arguments.preset)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model = adapted_model(config, device, arguments.rank)
-    model.recompute = "block"
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-    ids = torch.randint(config.vocab_size, (1, arguments.tokens), device=device)
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-    held = [*model.parameters(), *model.buffers()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    metrics = {
+    start, device = time.perf_counter(), torch.device(arguments.device)
+    config = RunConfig(
+        model=ModelConfig.preset(arguments.preset),
+        training=TrainingConfig(batch_size=1, sequence_length=arguments.tokens),
+        memory=MemoryConfig(recompute="block"),
+        adapters=AdapterConfig(base="random", rank=arguments.rank),
+    )
+    plan = plan_memory(config, device=arguments.device)
+    metrics: dict[str, Any] = {
         "preset": arguments.preset,
         "device": device.type,
         "tokens_a_step": arguments.tokens,
         "rank": arguments.rank,
         "cap_gigabytes": arguments.cap_gigabytes,
-        "packed_numbers": sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, AdaptedLinear)),
-        "trainable": sum(parameter.numel() for parameter in parameters),
-        "model_gigabytes": sum(tensor.nbytes for tensor in held) / 1e9,
-        "peak_gigabytes": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak - before) / 1e9,
-        "loss_nats": loss.item(),
+        "predicted_gigabytes": plan.peak / 1e9,
     }
+    torch.manual_seed(0)
+    peak = Peak(device, int(arguments.cap_gigabytes * 1e9))
+    try:
+        metrics |= measure(config, device, peak)
+        metrics["predicted_over_measured"] = plan.peak / 1e9 / metrics["peak_gigabytes"]
+    except torch.OutOfMemoryError as error:
+        metrics["outcome"] = f"out of memory: {str(error).splitlines()[0]}"
     print(metrics)
     if not arguments.toy:
         append_row(
@@ -101,7 +159,8 @@ def main() -> None:
             seeds=[0],
             metrics=metrics,
             wall_seconds=time.perf_counter() - start,
-            tokens=2 * arguments.tokens,
+            tokens=STEPS * arguments.tokens,
+            device=device,
         )
 
 

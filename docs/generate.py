@@ -17,7 +17,7 @@ from pathlib import Path
 from resnet_bk.cli.arguments import describe_type
 from resnet_bk.cli.migration import PROTOTYPE_KEYS
 from resnet_bk.data.config import DataConfig
-from resnet_bk.models.config import PRESETS, ModelConfig
+from resnet_bk.models.config import PRESETS, AdapterConfig, ModelConfig
 from resnet_bk.training.config import DistributedConfig, MemoryConfig, TrainingConfig
 from resnet_bk.training.stability.config import StabilityConfig
 
@@ -69,6 +69,7 @@ TABLES = {
     "stability": lambda: field_table(StabilityConfig, "stability"),
     "distributed": lambda: field_table(DistributedConfig, "distributed"),
     "memory": lambda: field_table(MemoryConfig, "memory"),
+    "adapters": lambda: field_table(AdapterConfig, "adapters"),
     "presets": preset_table,
     "migration": migration_table,
 }

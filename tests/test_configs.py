@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 NAMES = [
     "10b",
+    "10b_adapters",
     "base",
     "demo",
     "gpu80",
@@ -53,6 +54,7 @@ def test_config_named_after_a_preset_is_that_preset(name):
 @pytest.mark.parametrize(
     ("name", "preset"),
     [
+        ("10b_adapters", "10b"),
         ("demo", "tiny"),
         ("long_context", "small"),
         ("laptop", "tiny"),

@@ -47,7 +47,9 @@ def test_what_cannot_be_packed_is_refused(weight, group, error):
 
 def test_outputs_and_gradients_are_those_of_the_dense_formula():
     torch.manual_seed(0)
-    layer = AdaptedLinear(torch.randn(12, 32), rank=3, alpha=6.0, group=16).double()
+    layer = AdaptedLinear(32, 12, rank=3, alpha=6.0, group=16)
+    layer.pack(torch.randn(12, 32))
+    layer.double()
     with torch.no_grad():
         layer.adapter_out.normal_()
     # double() widened the scales too; the matrix they stand for is the same.
@@ -63,7 +65,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_formula():
 
 
 def test_autocast_decides_the_dtype():
-    layer = AdaptedLinear(torch.randn(8, 32), rank=2, group=16)
+    layer = AdaptedLinear(32, 8, rank=2, group=16)
+    layer.pack(torch.randn(8, 32))
     x = torch.randn(3, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

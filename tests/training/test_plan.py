@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from resnet_bk import LanguageModel, ModelConfig, RunConfig, TrainingConfig
 from resnet_bk.cli import main
+from resnet_bk.cli.arguments import parse_run_config
 from resnet_bk.errors import ConfigError
+from resnet_bk.layers.lora import adapt
+from resnet_bk.models.config import AdapterConfig
 from resnet_bk.ops.semiseparable import segments
 from resnet_bk.training.config import MemoryConfig
 from resnet_bk.training.memory import apply_memory
@@ -18,6 +23,7 @@ from resnet_bk.training.optimizer import build_optimizer
 from resnet_bk.training.plan import PARTS, parse_bytes, plan_memory, suggestions
 
 TOLERANCE = 0.1
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run_config(preset: str, batch: int, time: int, memory: MemoryConfig, **model) -> RunConfig:
@@ -29,6 +35,8 @@ def measured_peak(config: RunConfig) -> int:
     """Bytes allocated on the CPU at the peak of one step, the second of a run."""
     torch.manual_seed(0)
     model = LanguageModel(config.model)
+    if config.adapters.base:
+        adapt(model, rank=config.adapters.rank, group=config.adapters.group)
     apply_memory(model, config.memory)
     optimizer = build_optimizer(model, config.training, torch.device("cpu"), config.memory)
     ids = torch.randint(config.model.vocab_size, (config.training.batch_size, config.training.sequence_length))
@@ -41,7 +49,7 @@ def measured_peak(config: RunConfig) -> int:
     segments._local.__dict__.clear()
     step()
     optimizer.zero_grad(set_to_none=True)
-    held = [p.nbytes for p in model.parameters()]
+    held = [tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]]
     held += [tensor.nbytes for state in optimizer.state.values() for tensor in state.values()]
     held += [buffer.nbytes for buffer in getattr(segments._local, "buffers", {}).values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -71,6 +79,22 @@ def test_prediction_is_within_a_tenth_of_what_is_allocated(mixer, recompute):
     config = run_config("tiny", 4, time, MemoryConfig(recompute=recompute, segment_tokens=512), mixer=mixer)
     predicted, measured = plan_memory(config, device="cpu").peak, measured_peak(config)
     assert abs(predicted - measured) < TOLERANCE * measured, (predicted, measured)
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("block", marks=pytest.mark.slow)])
+def test_prediction_for_adapters_on_packed_matrices(recompute):
+    config = run_config("tiny", 4, 256 if recompute == "none" else 512, MemoryConfig(recompute, 512))
+    config = replace(config, adapters=AdapterConfig(base="some", rank=8))
+    plan, measured = plan_memory(config, device="cpu"), measured_peak(config)
+    assert abs(plan.peak - measured) < TOLERANCE * measured, (plan.peak, measured)
+    whole = plan_memory(replace(config, adapters=AdapterConfig()), device="cpu")
+    assert plan.parts["optimizer"] < 0.2 * whole.parts["optimizer"]
+    assert plan.parts["weights"] < 0.6 * whole.parts["weights"], "all but the embedding, half of tiny, is packed"
+
+
+def test_the_recipe_for_ten_billion_parameters_fits_into_16_gigabytes():
+    config = parse_run_config("plan", "", ["--config", str(CONFIGS / "10b_adapters.yaml")])
+    assert 8e9 < plan_memory(config).peak < 14e9
 
 
 @pytest.mark.slow

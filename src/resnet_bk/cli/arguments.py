@@ -73,7 +73,7 @@ def run_parser(command: str, description: str, arguments: Sequence[str]) -> Pars
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file with the sections model, data, training, distributed, stability and memory.",
+        help="YAML file with the sections model, data, training, distributed, stability, memory and adapters.",
     )
     _add_preset(parser)
     parser.add_class_arguments(RunConfig, as_group=True)

@@ -30,10 +30,7 @@ def pack_int4(
 
     Theorem: no number moves by more than half its scale, but for the rounding of the scale itself.
     """
-    if group < 2 or group % 2:
-        raise DomainError(f"group is {group}; expected an even number of at least 2.")
-    if weight.dim() != 2 or weight.shape[1] % group:
-        raise ShapeError(f"weight is {list(weight.shape)}; expected a matrix whose rows are whole groups of {group}.")
+    _check_groups(tuple(weight.shape), group)
     groups = weight.detach().float().unflatten(1, (-1, group))
     scales = (groups.abs().amax(2) / 7).half()
     if not bool(torch.isfinite(scales).all()):
@@ -52,6 +49,13 @@ def unpack_int4(
     pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
     signed = pairs.to(dtype).sub_(8).unflatten(1, (scales.shape[1], -1))
     return signed.mul_(scales.to(dtype)[..., None]).flatten(1)
+
+
+def _check_groups(shape: tuple[int, ...], group: int) -> None:
+    if group < 2 or group % 2:
+        raise DomainError(f"group is {group}; expected an even number of at least 2.")
+    if len(shape) != 2 or shape[1] % group:
+        raise ShapeError(f"weight is {list(shape)}; expected a matrix whose rows are whole groups of {group}.")
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -74,13 +78,15 @@ class _FrozenProduct(torch.autograd.Function):
 class AdaptedLinear(nn.Module):
     """x W^T + (alpha / rank) x A^T B^T with W frozen in four bits, and A [rank, in] and B [out, rank] trained.
 
-    B starts at zero, so that the layer starts as that of the rounded W.
+    W is zero until `pack` is called, and B until it is trained, so that the layer starts as that of the rounded W.
 
     Args:
-        weight: W.
+        in_features: columns of W, whole groups.
+        out_features: rows of W.
         rank: rows of A, at least 1.
         alpha: weight of the adapter times `rank`.
-        group: numbers of W that share a scale.
+        group: numbers of W that share a scale; even.
+        device: of all tensors.
 
     Cost: (0.5 + 2 / group) bytes a number of W; one unpacked W while it is used, forward and backward.
     Source: Hu et al., LoRA (2021); Dettmers et al., QLoRA (2023), whose four-bit floats and twice packed scales are
@@ -90,18 +96,45 @@ class AdaptedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, *, rank: int = 16, alpha: float = 16.0, group: int = 64) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 16,
+        alpha: float = 16.0,
+        group: int = 64,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         if rank < 1:
             raise DomainError(f"rank is {rank}; expected at least 1.")
-        self.out_features, self.in_features = weight.shape
-        self.factor = alpha / rank
-        codes, scales = pack_int4(weight, group)
+        _check_groups((out_features, in_features), group)
+        self.in_features, self.out_features = in_features, out_features
+        self.group, self.factor = group, alpha / rank
+        codes = torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
+        scales = torch.zeros(out_features, in_features // group, dtype=torch.float16, device=device)
         self.register_buffer("scales", scales)
-        wide = {"dtype": torch.float32, "device": weight.device}
-        self.adapter_in = nn.Parameter(torch.randn(rank, self.in_features, **wide) * self.in_features**-0.5)
-        self.adapter_out = nn.Parameter(torch.zeros(self.out_features, rank, **wide))
+        self.adapter_in = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.adapter_out = nn.Parameter(torch.empty(out_features, rank, device=device))
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Draw A anew, normal with standard deviation in^(-1/2), and set B to zero."""
+        nn.init.normal_(self.adapter_in, std=self.in_features**-0.5)
+        nn.init.zeros_(self.adapter_out)
+
+    def pack(self, weight: Float[Tensor, "out in"]) -> None:
+        """Freeze `weight` as W, packed on its own device; raises as `pack_int4` does."""
+        self.codes, self.scales = pack_int4(weight, self.group)
+
+    @torch.no_grad()
+    def merged(self) -> Float[Tensor, "out in"]:
+        """W + (alpha / rank) B A in float32: the one matrix of the whole layer."""
+        return unpack_int4(self.codes, self.scales, torch.float32).addmm_(
+            self.adapter_out, self.adapter_in, alpha=self.factor
+        )
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Output in the dtype of autocast, else in that of `x`."""
@@ -116,15 +149,19 @@ def adapt(model: nn.Module, *, rank: int = 16, alpha: float = 16.0, group: int =
     """Number of trainable parameters left after the linear layers of all `model.blocks` became `AdaptedLinear`.
 
     Everything else, embeddings, head, norms and the media's parameters, is frozen as it is. One matrix is converted at
-    a time. Adapters are float32 parameters of the model; `save_pretrained` does not know the packed matrices yet.
+    a time; of a model on the meta device none is, and the packed ones are on the meta device too. Adapters are float32.
 
     Raises:
-        ShapeError: a matrix whose rows are not whole groups.
+        ShapeError: a matrix whose rows are not whole groups; some layers may have been replaced.
     """
     model.requires_grad_(False)
-    blocks = model.get_submodule("blocks")
-    for parent in list(blocks.modules()):
+    for parent in list(model.get_submodule("blocks").modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, AdaptedLinear(child.weight, rank=rank, alpha=alpha, group=group))
+            if not isinstance(child, nn.Linear):
+                continue
+            sizes, weight = (child.in_features, child.out_features), child.weight
+            adapted = AdaptedLinear(*sizes, rank=rank, alpha=alpha, group=group, device=weight.device)
+            if not weight.is_meta:
+                adapted.pack(weight)
+            setattr(parent, name, adapted)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

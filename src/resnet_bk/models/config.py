@@ -1,4 +1,4 @@
-"""`ModelConfig`: every number that decides a model's shape, and the presets."""
+"""`ModelConfig`: every number that decides a model's shape, and the presets; `AdapterConfig`."""
 
 from __future__ import annotations
 
@@ -218,6 +218,29 @@ class ModelConfig:
         if name not in PRESETS:
             raise ConfigError(unknown_key_message(name, list(PRESETS), what="preset"))
         return cls.from_dict({**PRESETS[name], **overrides})
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters, trained beside a frozen model whose matrices are packed into four bits."""
+
+    base: str = ""
+    """Folder or hub name of the frozen model, whose fields the section model repeats; empty trains a whole model."""
+    rank: int = 16
+    """Inner width of every adapter."""
+    alpha: float = 16.0
+    """Adapters are added with the factor alpha / rank."""
+    group: int = 64
+    """Numbers of a packed matrix that share a scale; even, and a divisor of the length of every row."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises `ConfigError` naming the first that is wrong."""
+        if self.rank < 1:
+            raise ConfigError(f"adapters.rank is {self.rank!r}; expected a whole number >= 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"adapters.alpha is {self.alpha!r}; expected a finite number > 0.")
+        if self.group < 2 or self.group % 2:
+            raise ConfigError(f"adapters.group is {self.group!r}; expected an even number >= 2.")
 
 
 def unknown_key_message(key: str, known: list[str], *, what: str = "configuration key") -> str:

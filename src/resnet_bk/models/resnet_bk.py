@@ -22,6 +22,7 @@ from resnet_bk.errors import ConfigError, DomainError, ShapeError
 from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.dropout import locked_dropout, word_dropout
 from resnet_bk.layers.feed_forward import FeedForward
+from resnet_bk.layers.lora import AdaptedLinear
 from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
 from resnet_bk.layers.mamba3 import Mamba3
 from resnet_bk.layers.mixer import Mixer, MixerState
@@ -400,9 +401,15 @@ class LanguageModel(nn.Module):
         return checkpoints.load_pretrained(cls, source, device=device, dtype=dtype)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW groups: matrices with `weight_decay`; per-head parameters, biases and norms without."""
+        """AdamW groups: matrices with `weight_decay`; per-head parameters, biases and norms without.
+
+        Parameters that are frozen are in neither.
+        """
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear | nn.Embedding)}
-        parameters = list(self.parameters())
+        for module in self.modules():
+            if isinstance(module, AdaptedLinear):
+                matrices |= {id(module.adapter_in), id(module.adapter_out)}
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [
             {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
             {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},

@@ -7,7 +7,7 @@ from typing import Literal
 
 from resnet_bk.data.config import DataConfig
 from resnet_bk.errors import ConfigError
-from resnet_bk.models.config import RECOMPUTE, ModelConfig
+from resnet_bk.models.config import RECOMPUTE, AdapterConfig, ModelConfig
 from resnet_bk.training.stability.config import StabilityConfig
 
 
@@ -207,3 +207,11 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def __post_init__(self) -> None:
+        """Check what no section can check alone; raises `ConfigError`."""
+        if self.adapters.base and self.distributed.strategy == "fsdp":
+            raise ConfigError(
+                "distributed.strategy fsdp cannot split packed matrices; set ddp, or leave adapters.base out."
+            )

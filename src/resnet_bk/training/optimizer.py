@@ -22,11 +22,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over `model.parameter_groups(config.weight_decay)`; one fused kernel where parameters are on a GPU.
 
+    Frozen parameters (without `requires_grad`) are in no group.
+
     Raises:
         ConfigError: a parameter narrower than float32, in which small updates would be lost, or in no group or two.
         MissingDependencyError: 8-bit moments without the extra `memory`.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ConfigError(
                 f"Parameter {name} is {parameter.dtype}; training keeps float32 parameters. Call model.float() and "
@@ -34,8 +36,8 @@ def build_optimizer(
             )
     groups = model.parameter_groups(config.weight_decay)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    if sorted(grouped) != sorted(id(parameter) for parameter in model.parameters()):
-        raise ConfigError("model.parameter_groups must hold every parameter exactly once.")
+    if sorted(grouped) != sorted(id(parameter) for parameter in _trained(model).values()):
+        raise ConfigError("model.parameter_groups must hold every parameter exactly once, frozen ones excepted.")
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
     kind = "fused" if memory is None else memory.optimizer
     if kind != "fused" and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -73,8 +75,8 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def parameters_without_state(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters that never had a gradient."""
-    return [name for name, parameter in model.named_parameters() if parameter not in optimizer.state]
+    """Names of the parameters that never had a gradient, frozen ones left out."""
+    return [name for name, parameter in _trained(model).items() if parameter not in optimizer.state]
 
 
 def empty_optimizer_tensors(model: Any, without_state: list[str]) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def empty_optimizer_tensors(model: Any, without_state: list[str]) -> dict[str, T
     """
     return {
         f"{what}/{name}": torch.zeros(()) if what == "step" else torch.zeros_like(parameter, requires_grad=False)
-        for name, parameter in model.named_parameters()
+        for name, parameter in _trained(model).items()
         if name not in without_state
         for what in _STATE_NAMES
     }
@@ -112,7 +114,7 @@ def load_optimizer_tensors(
     Raises:
         CheckpointError: a missing, superfluous or misshapen tensor; nothing was loaded.
     """
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     expected = {
         f"{what}/{name}": torch.Size([]) if what == "step" else parameter.shape
         for name, parameter in parameters.items()
@@ -136,6 +138,11 @@ def load_optimizer_tensors(
             buffer = narrow(parameter, what == "exp_avg")
             buffer.copy_(moments[what])
             moments[what] = buffer
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter, frozen ones left out."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from resnet_bk.errors import ConfigError
-from resnet_bk.models.config import ModelConfig
+from resnet_bk.layers.lora import adapt
+from resnet_bk.models.config import AdapterConfig, ModelConfig
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.ops.dispatch import PlannedGPU, planning_for
 from resnet_bk.training.allocation import HOST, FusedNorm, autocast_as_on, without_memory
@@ -83,11 +84,12 @@ def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = T
             pretended = replace(training, sequence_length=time)
             # The policy "auto" must not change its mind about a shorter input.
             chosen = replace(memory, recompute=_policy(memory, tokens))
-            seen[blocks, count] = _step(shape, pretended, chosen, device, kernels)
+            seen[blocks, count] = _step(shape, pretended, chosen, config.adapters, device, kernels)
     phases = _extrapolate(seen, blocks_seen, segments_seen, model.num_layers, segments)
-    moments, host_moments, scratch = _optimizer_bytes(model, memory, device)
+    sizes = _trainable_sizes(model, config.adapters)
+    moments, host_moments, scratch = _optimizer_bytes(sizes, memory, device)
     weights = phases["backward, late"]["weights"]
-    phases["update"] = Counter({"weights": weights, "gradients": weights, OTHER: scratch})
+    phases["update"] = Counter({"weights": weights, "gradients": 4 * sum(sizes), OTHER: scratch})
     found = max(phases, key=lambda phase: sum(n for part, n in phases[phase].items() if part != HOST))
     parts = {part: phases[found][part] for part in PARTS} | {"optimizer": moments}
     host = max(phases[phase][HOST] for phase in phases) + host_moments
@@ -167,22 +169,41 @@ def _segment_time(model: ModelConfig, training: TrainingConfig, memory: MemoryCo
     return min(cut, training.sequence_length)
 
 
-def _step(
-    config: ModelConfig, training: TrainingConfig, memory: MemoryConfig, device: Device, kernels: bool
-) -> dict[str, Counter[str]]:
-    """Bytes by part at the peak of every phase of one forward and backward pass."""
+def _model_on_meta(config: ModelConfig, adapters: AdapterConfig) -> LanguageModel:
+    """The model that is trained, without storage."""
     with torch.device("meta"):
         model = LanguageModel(config)
+    if adapters.base:
+        adapt(model, rank=adapters.rank, alpha=adapters.alpha, group=adapters.group)
+    return model
+
+
+def _trainable_sizes(config: ModelConfig, adapters: AdapterConfig) -> list[int]:
+    return [parameter.numel() for parameter in _model_on_meta(config, adapters).parameters() if parameter.requires_grad]
+
+
+def _step(
+    config: ModelConfig,
+    training: TrainingConfig,
+    memory: MemoryConfig,
+    adapters: AdapterConfig,
+    device: Device,
+    kernels: bool,
+) -> dict[str, Counter[str]]:
+    """Bytes by part at the peak of every phase of one forward and backward pass."""
+    model = _model_on_meta(config, adapters)
     gpu = PlannedGPU(kernels) if device == "cuda" else None
     phases: dict[str, Counter[str]] = {}
     with planning_for(gpu), without_memory() as allocation:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             if gpu is not None and isinstance(module, nn.RMSNorm):
                 module.forward = partial(_fused_norm, module)
-        parameters = list(model.parameters())
-        allocation.claim(parameters, "weights")
+        allocation.claim([*model.parameters(), *model.buffers()], "weights")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if training.gradient_accumulation_steps > 1:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
@@ -252,10 +273,14 @@ def _extrapolate(seen, blocks_seen, segments_seen, blocks: int, segments: int) -
     return {phase: line(first[phase], second[phase], blocks - blocks_seen[0]) for phase in first}
 
 
-def _optimizer_bytes(config: ModelConfig, memory: MemoryConfig, device: Device) -> tuple[int, int, int]:
-    """Bytes of the moments on the device and in host memory, and what an update needs besides."""
-    with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in LanguageModel(config).parameters()]
+def _optimizer_bytes(sizes: list[int], memory: MemoryConfig, device: Device) -> tuple[int, int, int]:
+    """Bytes of the moments on the device and in host memory, and what an update needs besides.
+
+    Args:
+        sizes: numbers in every parameter that is trained.
+        memory: which optimizer.
+        device: where the step runs.
+    """
     largest = 4 * max(sizes)
     if memory.optimizer == "offload":
         held = 8 * sum(sizes)
