@@ -287,7 +287,8 @@ def _cell(value: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None:
     """Options that the GPU benchmarks share."""
-    parser.add_argument("--only", action="append", choices=parts, help="parts to run; all by default")
+    if parts:
+        parser.add_argument("--only", action="append", choices=parts, help="parts to run; all by default")
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU: rehearses the script, times nothing")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=BENCHMARKS, help="folder that gets results/<question>.jsonl")
@@ -296,13 +297,14 @@ def add_options(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
     parser.add_argument("--deadline", type=float, default=None, help=argparse.SUPPRESS)
 
 
-def settle(arguments: argparse.Namespace) -> torch.device:
-    """The device, after defaults that depend on it; ends the script where there is no GPU."""
-    if not arguments.toy and not torch.cuda.is_available():
+def settle(arguments: argparse.Namespace, *, on_cpu: bool = False) -> torch.device:
+    """The device, after defaults that depend on it; ends the script where there is no GPU and it is not `on_cpu`."""
+    on_cpu = on_cpu or arguments.toy
+    if not on_cpu and not torch.cuda.is_available():
         sys.exit("torch.cuda.is_available() is False; this benchmark needs a GPU. --toy rehearses it on the CPU.")
     arguments.run = arguments.run or arguments.commit or git_commit()
     arguments.deadline = arguments.deadline or time.time() + arguments.budget
-    return torch.device("cpu" if arguments.toy else "cuda")
+    return torch.device("cpu" if on_cpu else "cuda")
 
 
 def out_of_time(arguments: argparse.Namespace, seconds: float = 0.0) -> bool:

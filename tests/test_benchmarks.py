@@ -68,6 +68,28 @@ def test_long_training_at_toy_size(tmp_path):
 
 
 @pytest.mark.slow
+def test_trainer_overhead_at_toy_size(tmp_path):
+    rows = _toy("trainer_overhead.py", tmp_path)
+    assert [row["arm"] for row in rows] == ["none, again", "monitor", "recovery", "asynchronous save"]
+    assert all(row["rounds"] == 2 and row["least_percent"] <= row["most_percent"] for row in rows)
+    assert rows[3]["save_seconds"] > 0 and rows[3]["save_gigabytes"] > 0.01
+
+
+def test_overhead_is_extra_time_over_the_time_between_two_events(load):
+    script = load("trainer_overhead")
+    plan = script.Plan(rounds=1)
+    turns = script.Turns(plan, lambda: False)
+    turns.seconds = [{arm: (steps * 2.0, 0.0) for arm, steps in plan.block.items()}]
+    turns.seconds[0][script.MONITOR] = (203.0, 0.0)  # 100 steps of 2 s, and 3 s more
+    turns.seconds[0][script.SAVE] = (205.0, 0.0)
+    for arm, expected in ((script.AGAIN, 0), (script.MONITOR, 1.5), (script.RECOVERY, 0), (script.SAVE, 0.5)):
+        percent, seconds, bare = script.overheads(plan, arm, turns, 0)
+        assert percent == pytest.approx([expected]) and bare == 2
+    assert seconds == pytest.approx([5])
+    assert [arm for arm, _ in script.Turns(script.Plan(rounds=2), lambda: False).blocks][5:7] == [script.SAVE] * 2
+
+
+@pytest.mark.slow
 def test_model_speed_at_toy_size(tmp_path):
     rows = _toy("model_speed.py", tmp_path)
     speeds = {(r["part"], r["arm"]) for r in rows if r.get("tokens_per_second", 0) > 0}
