@@ -97,7 +97,10 @@ def test_config_hash_depends_on_values_only():
 def test_commit_marks_changed_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("RESNET_BK_COMMIT", raising=False)
     assert ledger.git_commit() == "unknown"
+    monkeypatch.setenv("RESNET_BK_COMMIT", "abc")
+    assert ledger.git_commit() == "abc"
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("a = 1\n")
     append(Path("benchmarks"))

@@ -114,14 +114,17 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def git_commit() -> str:
-    """Commit of the working directory, with `-dirty` if tracked files differ from it; `unknown` outside a checkout."""
+    """Commit of the working directory, with `-dirty` if tracked files differ from it.
+
+    Outside a checkout what the environment's `RESNET_BK_COMMIT` says, or `unknown`.
+    """
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("RESNET_BK_COMMIT", "unknown")
     # Rows and table change with every run; they do not make the measured code another.
     changed = [line[3:] for line in changes.splitlines()]
     ours = (f"{BENCHMARKS.name}/results/", f"{BENCHMARKS.name}/LEDGER.md")
