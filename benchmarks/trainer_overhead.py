@@ -7,8 +7,9 @@
 One run of the trainer, in whose steps the arms take turns, forwards and backwards: none, none again (what noise looks
 like), `StabilityMonitor` (a row and the media of a probe every 100 steps), `AutoRecovery` (a snapshot every 50), and
 an asynchronous checkpoint, which each block of steps waits for at its end. An arm's extra time is taken against the
-bare steps of the same round and given as a share of the steps between two such events at the default settings. Wall
-time counts on a GPU; on a CPU the processor time of all threads, as other processes then count little.
+bare steps of the same round and given as a share of the steps between two such events at the default settings; beside
+it stands the time inside the arm's own calls, of a save one that is waited for, which does not drown where a machine is
+busy. Wall time counts on a GPU; on a CPU the processor time of all threads, as other processes then count less.
 
 Appends a row for every arm to `results/trainer-overhead.jsonl`.
 """
@@ -38,7 +39,14 @@ from resnet_bk.training.stability.recovery import AutoRecovery
 BARE, AGAIN, MONITOR, RECOVERY, SAVE = "none", "none, again", "monitor", "recovery", "asynchronous save"
 WARM_UP = "warm-up"
 COLUMNS = {"part": 6, "arm": 18, "batch": 5, "length_tokens": 13, "bare_milliseconds": 17, "overhead_percent": 16}
-COLUMNS |= {"least_percent": 13, "most_percent": 12, "wall_percent": 12, "event_milliseconds": 18, "save_seconds": 12}
+COLUMNS |= {
+    "least_percent": 13,
+    "most_percent": 12,
+    "wall_percent": 12,
+    "inside_percent": 14,
+    "event_milliseconds": 18,
+    "save_seconds": 12,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,13 @@ class Plan:
 
 
 TOY = Plan("tiny", 1, 32, 2, 4, 2, 10, 4)
+
+
+def clocks(device: torch.device) -> tuple[float, float]:
+    """Wall and processor seconds, all work on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter(), time.process_time()
 
 
 class Turns(Callback):
@@ -106,9 +121,7 @@ class Turns(Callback):
         self._done += 1
         if not last:
             return
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        now = time.perf_counter(), time.process_time()
+        now = clocks(trainer.device)
         if self.arm != WARM_UP:
             place = (self._block - 1) % self._per_round
             if place == 0:
@@ -125,10 +138,18 @@ class During(Callback):
 
     def __init__(self, callback: Callback, arm: str, turns: Turns) -> None:
         self.callback, self.arm, self.turns = callback, arm, turns
+        self.seconds = (0.0, 0.0)
+        """Wall and processor seconds inside the callback in its arm's steps."""
 
-    @property
-    def active(self) -> bool:
-        return self.turns.arm in (self.arm, WARM_UP)
+    def _call(self, trainer: Any, hook: str, *arguments: Any) -> None:
+        if self.turns.arm not in (self.arm, WARM_UP):
+            return
+        # Not synchronised, which would slow the steps down: what is read from the device is waited for all the same.
+        wall, processor = time.perf_counter(), time.process_time()
+        getattr(self.callback, hook)(trainer, *arguments)
+        if self.turns.arm == self.arm:
+            before = self.seconds
+            self.seconds = before[0] + time.perf_counter() - wall, before[1] + time.process_time() - processor
 
     def on_train_start(self, trainer: Any) -> None:
         self.callback.on_train_start(trainer)
@@ -137,19 +158,16 @@ class During(Callback):
         self.callback.on_train_end(trainer)
 
     def on_step_start(self, trainer: Any) -> None:
-        if self.active:
-            self.callback.on_step_start(trainer)
+        self._call(trainer, "on_step_start")
 
     def on_gradients(self, trainer: Any, loss: float, gradient_norm: float) -> None:
-        if self.active:
-            self.callback.on_gradients(trainer, loss, gradient_norm)
+        self._call(trainer, "on_gradients", loss, gradient_norm)
 
     def on_step_end(self, trainer: Any) -> None:
-        if self.active:
-            self.callback.on_step_end(trainer)
+        self._call(trainer, "on_step_end")
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
-        self.callback.on_checkpoint(trainer, folder)
+        self._call(trainer, "on_checkpoint", folder)
 
 
 class SavingTrainer(BareTrainer):
@@ -169,31 +187,43 @@ class Saves(Callback):
         self.turns = turns
         self.seconds: list[float] = []
         """From the beginning of each save until the trainer learnt, after a step, that it is complete."""
+        self.waited = (0.0, 0.0)
+        """Wall and processor seconds of a save that the run waited for, while everything warmed up."""
         self.bytes = 0
 
     def on_step_end(self, trainer: SavingTrainer) -> None:  # type: ignore[override]
-        if self.turns.first:
-            self._began = time.perf_counter()
-            trainer.begin_save()
-        if self.turns.last:
+        if not (self.turns.first or self.turns.last):
+            return
+        trainer.finish_save()
+        if self.turns.arm == WARM_UP and self.turns.last:
+            before = clocks(trainer.device)
+            self._begin(trainer)
             trainer.finish_save()
+            after = clocks(trainer.device)
+            self.waited = (after[0] - before[0], after[1] - before[1])
+            self.seconds.clear()
+        elif self.turns.first:
+            self._begin(trainer)
+
+    def _begin(self, trainer: SavingTrainer) -> None:
+        self._began = time.perf_counter()
+        trainer.begin_save()
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         self.seconds.append(time.perf_counter() - self._began)
         self.bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def measure(plan: Plan, device: torch.device, stop: Any) -> tuple[Turns, Saves, LanguageModel]:
-    """Train, the arms in turn."""
+def measure(plan: Plan, device: torch.device, stop: Any) -> tuple[Turns, dict[str, During], LanguageModel]:
+    """Train, the arms in turn; the callbacks by arm."""
     config = ModelConfig.preset(plan.preset)
     tokens = torch.randint(config.vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0))
     stability = StabilityConfig(every=plan.monitor_every, snapshot_every=plan.snapshot_every)
     turns = Turns(plan, stop)
-    saves = Saves(turns)
     watching = {
         MONITOR: StabilityMonitor(stability, torch.arange(stability.probe_tokens)[None]),
         RECOVERY: AutoRecovery(snapshot_every=stability.snapshot_every, snapshots=stability.snapshots),
-        SAVE: saves,
+        SAVE: Saves(turns),
     }
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(
@@ -203,9 +233,9 @@ def measure(plan: Plan, device: torch.device, stop: Any) -> tuple[Turns, Saves, 
         with torch.device("meta"):
             model = LanguageModel(config)
         loader = TokenLoader(TokenDataset.from_ids("random", tokens.numpy()), plan.length, plan.rows)
-        callbacks = [*(During(callback, arm, turns) for arm, callback in watching.items()), turns]
-        SavingTrainer(model, loader, training, callbacks=callbacks, progress=False).train()
-    return turns, saves, model
+        callbacks = {arm: During(callback, arm, turns) for arm, callback in watching.items()}
+        SavingTrainer(model, loader, training, callbacks=[*callbacks.values(), turns], progress=False).train()
+    return turns, callbacks, model
 
 
 def overheads(plan: Plan, arm: str, turns: Turns, clock: int) -> tuple[list[float], list[float], float]:
@@ -251,7 +281,7 @@ def main() -> None:
         commit=arguments.commit,
         shown=COLUMNS,
     )
-    turns, saves, model = measure(plan, device, lambda: out_of_time(arguments))
+    turns, callbacks, model = measure(plan, device, lambda: out_of_time(arguments))
     clock = 0 if device.type == "cuda" else 1
     for arm in (AGAIN, MONITOR, RECOVERY, SAVE):
         percent, seconds, bare = overheads(plan, arm, turns, clock)
@@ -271,8 +301,12 @@ def main() -> None:
             "wall_percent": statistics.median(overheads(plan, arm, turns, 0)[0]),
             "event_milliseconds": 1e3 * statistics.median(seconds),
         }
-        if arm == SAVE:
-            metrics |= {"save_seconds": statistics.median(saves.seconds[1:]), "save_gigabytes": saves.bytes / 1e9}
+        if arm != AGAIN:
+            inside = callbacks[arm].seconds[clock] / len(percent)
+            if isinstance(saves := callbacks[arm].callback, Saves):
+                inside = saves.waited[clock]
+                metrics |= {"save_seconds": statistics.median(saves.seconds), "save_gigabytes": saves.bytes / 1e9}
+            metrics["inside_percent"] = 100 * inside / (plan.interval[arm] * bare)
         rows.add(**metrics, model=model, tokens=sum(steps for _, steps in turns.blocks) * plan.rows * plan.length)
 
 
