@@ -127,7 +127,7 @@ def test_load_weights_fills_a_model_in_place_or_leaves_it(folder):
 class TiedModel(nn.Module):
     """Two names for one parameter, a stored buffer, one that is not stored, a frozen parameter and a view."""
 
-    tokenizer = generation_config = None
+    tokenizer = generation_config = adapters = None
 
     def __init__(self, config):
         super().__init__()

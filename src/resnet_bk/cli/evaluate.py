@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk evaluate` with these arguments."""
     parser = Parser("evaluate", description=DESCRIPTION, usage="resnet-bk evaluate --model FOLDER [OPTIONS]")
     parser.add_argument("--model", type=str, required=True, help="Folder of a model or checkpoint, or its hub name.")
+    parser.add_argument("--base", type=str, default=None, help="Base model of adapters, if it was moved.")
     parser.add_argument(
         "--text", type=str, default=None, help="Evaluate this .txt, .jsonl or .parquet file, all of it."
     )
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     from resnet_bk.models.resnet_bk import LanguageModel
     from resnet_bk.training.device import resolve_device
 
-    model = LanguageModel.from_pretrained(options.model, device=resolve_device(options.device))
+    model = LanguageModel.from_pretrained(options.model, device=resolve_device(options.device), base=options.base)
     if model.tokenizer is None:
         raise DataError(f"{options.model} has no tokenizer.json; put the tokenizer that it was trained with there.")
     dataset = _dataset(model, options)

@@ -27,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk generate` with these arguments."""
     parser = Parser("generate", description=DESCRIPTION, usage="resnet-bk generate --model FOLDER [OPTIONS]")
     parser.add_argument("--model", type=str, required=True, help="Folder of a model or checkpoint, or its hub name.")
+    parser.add_argument("--base", type=str, default=None, help="Base model of adapters, if it was moved.")
     parser.add_argument("--prompt", type=str, default=None, help="Text to continue; printed before the continuation.")
     parser.add_argument("--prompt-file", type=str, default=None, help="UTF-8 file to continue; it is not printed.")
     for name, (kind, text) in _SAMPLING.items():
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         sampling["stop_strings"] = options.stop
     # Read before the model, which may take long to load.
     prompt: str | list[int] | None = _prompt(options.prompt, options.prompt_file)
-    model = LanguageModel.from_pretrained(options.model, device=resolve_device(options.device))
+    model = LanguageModel.from_pretrained(options.model, device=resolve_device(options.device), base=options.base)
     if model.tokenizer is None:
         raise DataError(f"{options.model} has no tokenizer.json; put the tokenizer that it was trained with there.")
     if prompt is None:

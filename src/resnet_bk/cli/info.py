@@ -15,8 +15,9 @@ def run(arguments: Sequence[str]) -> int:
     """Exit status of `resnet-bk info` with these arguments."""
     parser = Parser("info", description=DESCRIPTION)
     parser.add_argument("--model", type=str, default=None, help="Folder of a model or checkpoint, or its hub name.")
-    folder = parser.parse(arguments).model
-    lines = _installation() if folder is None else _checkpoint(folder)
+    parser.add_argument("--base", type=str, default=None, help="Base model of adapters, if it was moved.")
+    options = parser.parse(arguments)
+    lines = _installation() if options.model is None else _checkpoint(options.model, options.base)
     print("\n".join(lines))
     return 0
 
@@ -49,14 +50,17 @@ def _installation() -> Iterable[str]:
         )
 
 
-def _checkpoint(source: str) -> Iterable[str]:
+def _checkpoint(source: str, base: str | None) -> Iterable[str]:
     """What the model in `source` is, and how far its training came."""
     from resnet_bk.models.resnet_bk import LanguageModel
     from resnet_bk.training.saving.state import STATE_FILE, read_state
 
-    model = LanguageModel.from_pretrained(source)
+    model = LanguageModel.from_pretrained(source, base=base)
     config, folder = model.config, Path(source)
     yield f"{source}: {model.num_parameters():,} parameters, {str(model.output_weight.dtype).removeprefix('torch.')}"
+    if model.adapters is not None:
+        values = model.adapters.to_dict()
+        yield f"adapters of rank {values['rank']} on {values['base']}, checksum {values['base_sha256'][:12]}"
     if (folder / STATE_FILE).is_file():
         state = read_state(folder)
         yield f"training checkpoint: step {state['step']}, {state['tokens']:,} tokens read"

@@ -29,6 +29,7 @@ from resnet_bk.models.weights import (
     SHARDS,
     WEIGHTS_FILE,
     aliases,
+    assign,
     check_weights,
     find_weights,
     read_json,
@@ -54,8 +55,8 @@ _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS, TOKENIZER_FILE, GEN
 _KEPT_FILES = ("*.md", "LICENSE*", ".gitattributes")
 # Fields of config.json that describe the file or belong to other libraries; all others are fields of `ModelConfig`.
 _FOREIGN_FIELDS = {
-    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "format", "library_version", "model_type",
-    "pad_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "adapters", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "format", "library_version",
+    "model_type", "pad_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -130,20 +131,22 @@ def load_pretrained(
             name that cannot be fetched. Names file and tensor.
         MissingDependencyError: a hub name without `huggingface_hub` installed.
     """
-    folder = _locate(source)
-    values, config = _read_config(folder)
+    folder = locate(source)
+    values, config = read_config(folder)
+    if "adapters" in values:
+        raise CheckpointError(f"{folder} holds adapters; load them with LanguageModel.from_pretrained.")
     stored = find_weights(folder)
     with torch.device("meta"):
         model = cls(config)
-    check_weights(model, stored, folder, _stored_dtype(values))
+    check_weights(model, stored, folder, stored_dtype(values))
     if any(module._non_persistent_buffers_set for module in model.modules()):
         model = cls(config)  # only the constructor knows the values of buffers that are not stored
     names = aliases(model)
     for name, tensor in read_tensors(stored):
         narrow = dtype if tensor.is_floating_point() else None
-        _assign(model, names[name], tensor.to(device=device, dtype=narrow, copy=True))
+        assign(model, names[name], tensor.to(device=device, dtype=narrow, copy=True))
     model.to(device=device, dtype=dtype)
-    _load_companions(model, folder)
+    load_companions(model, folder)
     return model.eval()
 
 
@@ -153,9 +156,9 @@ def load_description(cls: type[Model], folder: str | os.PathLike[str]) -> Model:
     Raises:
         CheckpointError: as `load_pretrained`, about the other files.
     """
-    folder = _locate(folder)
-    model = cls(_read_config(folder)[1])
-    _load_companions(model, folder)
+    folder = locate(folder)
+    model = cls(read_config(folder)[1])
+    load_companions(model, folder)
     return model
 
 
@@ -176,15 +179,15 @@ def load_weights(
     Raises:
         CheckpointError: as `load_pretrained`; nothing is changed unless every tensor fits.
     """
-    folder = _locate(folder)
+    folder = locate(folder)
     stored = find_weights(folder)
-    check_weights(model, stored, folder, _stored_dtype(read_json(folder / CONFIG_FILE)))
+    check_weights(model, stored, folder, stored_dtype(read_json(folder / CONFIG_FILE)))
     state = model.state_dict()
     for name, tensor in read_tensors(stored):
         state[name].copy_(tensor if place is None else place(tensor, state[name]))
 
 
-def _locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str]) -> Path:
     """The local folder of `source`, fetched from the hub if it is a name there; it has a config.json."""
     folder = Path(source).expanduser()
     if folder.is_file():
@@ -220,7 +223,7 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """All of config.json, and the architecture in it."""
     path = folder / CONFIG_FILE
     values = read_json(path)
@@ -238,7 +241,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load_companions(model: LanguageModel, folder: Path) -> None:
+def load_companions(model: LanguageModel, folder: Path) -> None:
     """Give `model` the tokenizer and the defaults for generation in `folder`, if any."""
     if (folder / TOKENIZER_FILE).is_file():
         model.tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
@@ -259,11 +262,12 @@ def _config_json(model: LanguageModel) -> dict[str, Any]:
         "library_version": __version__,
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": model.config.tie_embeddings,
+        **({} if model.adapters is None else {"adapters": model.adapters.to_dict()}),
         **model.config.to_dict(),
     }
 
 
-def _stored_dtype(values: dict[str, Any]) -> torch.dtype | None:
+def stored_dtype(values: dict[str, Any]) -> torch.dtype | None:
     """The data type that config.json names; None where it names none."""
     name = values.get("dtype", values.get("torch_dtype"))
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
@@ -275,20 +279,6 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, file: str) -> N
         raise CheckpointError(
             f"{file} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; they do not fit."
         )
-
-
-def _assign(model: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
-    """Make `tensor` the one parameter or buffer behind all of `names`."""
-    shared: nn.Parameter | None = None
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module._parameters.get(attribute)
-        if old is None:
-            module._buffers[attribute] = tensor
-        else:
-            shared = nn.Parameter(tensor, requires_grad=old.requires_grad) if shared is None else shared
-            module._parameters[attribute] = shared
 
 
 def _check_target(target: Path) -> list[Path]:

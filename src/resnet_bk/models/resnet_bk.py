@@ -26,6 +26,7 @@ from resnet_bk.layers.lora import AdaptedLinear
 from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
 from resnet_bk.layers.mamba3 import Mamba3
 from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.models import adapters as adapted
 from resnet_bk.models import checkpoint as checkpoints
 from resnet_bk.models import generate as generation
 from resnet_bk.models.config import ModelConfig, Recompute
@@ -151,6 +152,8 @@ class LanguageModel(nn.Module):
             "block" for inputs that are not cut (packed documents, attention without a window). "auto": "none" up to
             `segment_tokens` tokens, "block" beyond.
         offload: keep in host memory what recomputation starts from.
+        adapters: what is trained beside the frozen model (see `models.adapters`), or None. The state dict is then that
+            of the adapters alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -158,6 +161,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.generation_config: generation.GenerationConfig | None = None
+        self.adapters: adapted.Adapters | None = None
+        self.register_state_dict_post_hook(_leave_out_what_is_frozen)
         self.segment_tokens = 8192
         self.recompute: Recompute = "auto"
         self.offload = False
@@ -393,11 +398,18 @@ class LanguageModel(nn.Module):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        base: str | os.PathLike[str] | None = None,
     ) -> LanguageModel:
         """The model stored in a folder or hub repository, in evaluation mode.
 
-        Arguments and errors are those of `checkpoint.load_pretrained`.
+        A folder of adapters gives the base model with them; `base` says where that is, if it is no longer where it was.
+        Arguments and errors are those of `checkpoint.load_pretrained` and `adapters.load_adapters`.
         """
+        source = checkpoints.locate(source)
+        if adapted.holds_adapters(source):
+            return adapted.load_adapters(cls, source, base=base, device=device, dtype=dtype)
+        if base is not None:
+            raise ConfigError(f"{source} holds a whole model, which needs no base; leave {base} out.")
         return checkpoints.load_pretrained(cls, source, device=device, dtype=dtype)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -416,8 +428,21 @@ class LanguageModel(nn.Module):
         ]
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Number of parameters; without the token embedding and an untied head if `embeddings` is False."""
+        """Number of parameters; without the token embedding and an untied head if `embeddings` is False.
+
+        Packed matrices count with all their numbers, beside their adapters.
+        """
         total = sum(parameter.numel() for parameter in self.parameters())
+        total += sum(2 * module.codes.numel() for module in self.modules() if isinstance(module, AdaptedLinear))
         if embeddings:
             return total
         return total - self.embedding.weight.numel() - (0 if self.head is None else self.head.weight.numel())
+
+
+def _leave_out_what_is_frozen(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Of a model with adapters, keep only these in its state dict."""
+    if cast(LanguageModel, model).adapters is None:
+        return
+    kept = {prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]

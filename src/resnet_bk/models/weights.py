@@ -217,6 +217,20 @@ def read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]
             raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from error
 
 
+def assign(model: nn.Module, names: list[str], tensor: Tensor) -> None:
+    """Make `tensor` the one parameter or buffer behind all of `names`."""
+    shared: nn.Parameter | None = None
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters.get(attribute)
+        if old is None:
+            module._buffers[attribute] = tensor
+        else:
+            shared = nn.Parameter(tensor, requires_grad=old.requires_grad) if shared is None else shared
+            module._parameters[attribute] = shared
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises `CheckpointError` saying where it is not one."""
     try:

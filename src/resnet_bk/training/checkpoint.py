@@ -15,6 +15,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from resnet_bk.errors import CheckpointError
+from resnet_bk.models.adapters import holds_adapters, merge_adapters
 from resnet_bk.models.checkpoint import load_description
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.saving.checksums import CHECKSUMS_FILE, verify_checksums
@@ -34,6 +35,7 @@ _FREE_FIELDS = {
     },
     "data": {"cache_dir", "path", "tokenizer"},  # the loader compares the tokens themselves
     "model": set(),
+    "adapters": {"base"},  # its checksum is compared
 }  # fmt: skip
 
 
@@ -97,6 +99,7 @@ def newest_intact_checkpoint(output_dir: str | Path, group: ProcessGroup | None 
 def export_model(checkpoint: str | Path, folder: str | Path, *, max_shard_size: int = 5 * 10**9) -> Path:
     """The model folder just written from a checkpoint, sharded or not, for generation and publishing.
 
+    Of a run that trained adapters it is a whole model: the base with the adapters merged in.
     The way back needs no function: `load_model` reads a model folder into any model, sharded or not.
 
     Args:
@@ -108,8 +111,12 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, max_shard_size: 
         CheckpointError: a damaged checkpoint, or a folder that cannot be written.
     """
     verify_checkpoint(checkpoint)
-    model = load_description(LanguageModel, checkpoint)
-    load_model(checkpoint, model)
+    if holds_adapters(checkpoint):
+        model = LanguageModel.from_pretrained(checkpoint)
+        merge_adapters(model)
+    else:
+        model = load_description(LanguageModel, checkpoint)
+        load_model(checkpoint, model)
     return model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 

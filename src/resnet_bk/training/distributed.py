@@ -72,6 +72,11 @@ class Engine:
             model.to(ranks.device)
         self.forward = model
         if not self.sharded and ranks.size > 1:
+            if getattr(model, "adapters", None) is not None:
+                # Every rank read the same base; DDP would send packed matrices again before every pass.
+                frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+                frozen += [name for name, _ in model.named_buffers()]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
             self.forward = DistributedDataParallel(
                 model,
                 device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,

@@ -28,7 +28,8 @@ def build_optimizer(
         ConfigError: a parameter narrower than float32, in which small updates would be lost, or in no group or two.
         MissingDependencyError: 8-bit moments without the extra `memory`.
     """
-    for name, parameter in _trained(model).items():
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ConfigError(
                 f"Parameter {name} is {parameter.dtype}; training keeps float32 parameters. Call model.float() and "
@@ -36,7 +37,7 @@ def build_optimizer(
             )
     groups = model.parameter_groups(config.weight_decay)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    if sorted(grouped) != sorted(id(parameter) for parameter in _trained(model).values()):
+    if sorted(grouped) != sorted(id(parameter) for parameter in trained.values()):
         raise ConfigError("model.parameter_groups must hold every parameter exactly once, frozen ones excepted.")
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
     kind = "fused" if memory is None else memory.optimizer
@@ -75,8 +76,8 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def parameters_without_state(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters that never had a gradient, frozen ones left out."""
-    return [name for name, parameter in _trained(model).items() if parameter not in optimizer.state]
+    """Names of the parameters that never had a gradient."""
+    return [name for name, parameter in model.named_parameters() if parameter not in optimizer.state]
 
 
 def empty_optimizer_tensors(model: Any, without_state: list[str]) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def empty_optimizer_tensors(model: Any, without_state: list[str]) -> dict[str, T
     """
     return {
         f"{what}/{name}": torch.zeros(()) if what == "step" else torch.zeros_like(parameter, requires_grad=False)
-        for name, parameter in _trained(model).items()
+        for name, parameter in model.named_parameters()
         if name not in without_state
         for what in _STATE_NAMES
     }
@@ -114,7 +115,7 @@ def load_optimizer_tensors(
     Raises:
         CheckpointError: a missing, superfluous or misshapen tensor; nothing was loaded.
     """
-    parameters = _trained(model)
+    parameters = dict(model.named_parameters())
     expected = {
         f"{what}/{name}": torch.Size([]) if what == "step" else parameter.shape
         for name, parameter in parameters.items()
@@ -138,11 +139,6 @@ def load_optimizer_tensors(
             buffer = narrow(parameter, what == "exp_avg")
             buffer.copy_(moments[what])
             moments[what] = buffer
-
-
-def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Name -> parameter, frozen ones left out."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,13 @@ import torch
 from resnet_bk.data.prepare import PreparedCorpus, prepare_corpus
 from resnet_bk.evaluation.baselines import token_counts, unigram_bits_per_byte, xz_bits_per_byte
 from resnet_bk.evaluation.plots import plot_loss_curve
+from resnet_bk.models.adapters import load_base
+from resnet_bk.models.checkpoint import locate
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.training.callbacks import METRICS_FILE, Callback
 from resnet_bk.training.config import RunConfig
 from resnet_bk.training.curriculum import training_batches
+from resnet_bk.training.random_state import seed_everything
 from resnet_bk.training.ranks import join_ranks
 from resnet_bk.training.stability.callbacks import stability_callbacks
 from resnet_bk.training.time_budget import TimeBudget
@@ -43,6 +46,7 @@ class RunResult:
 def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress: bool = True) -> RunResult:
     """The result of training `config.model` on `config.data` as `config.training` says.
 
+    With `config.adapters.base`, adapters of that model are trained, on its own tokens unless `data.tokenizer` is set.
     The same configuration on the same machine gives the same parameters, whether or not the run was interrupted.
 
     Args:
@@ -51,7 +55,8 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         progress: print baselines and progress.
 
     Raises:
-        ConfigError, DataError, CheckpointError, BackendError, DomainError: as `prepare_corpus` and `Trainer` do.
+        ConfigError, DataError, CheckpointError, BackendError, DomainError: as `prepare_corpus`, `load_base` and
+            `Trainer` do.
     """
     training = config.training
     # First, because preparing the corpus takes of the budget too.
@@ -63,9 +68,16 @@ def train_run(config: RunConfig, *, callbacks: Iterable[Callback] = (), progress
         timeout_seconds=config.distributed.timeout_seconds,
         alone=config.distributed.strategy == "fsdp",
     )
-    corpus = ranks.main_first(lambda: prepare_corpus(config.data, config.model.vocab_size))
-    with torch.device("meta"):  # filled by the trainer, so that no rank need hold all of it
-        model = LanguageModel(config.model)
+    data = config.data
+    if config.adapters.base and data.tokenizer is None:
+        data = replace(data, tokenizer=str(locate(config.adapters.base)))
+    corpus = ranks.main_first(lambda: prepare_corpus(data, config.model.vocab_size))
+    if config.adapters.base:
+        seed_everything(training.seed)
+        model = load_base(LanguageModel, config.adapters, config=config.model, device=ranks.device)
+    else:
+        with torch.device("meta"):  # filled by the trainer, so that no rank need hold all of it
+            model = LanguageModel(config.model)
     trainer = Trainer(
         model,
         training_batches(corpus.train, training),

@@ -465,8 +465,10 @@ class Trainer:
 
     def _configs(self) -> dict[str, Any]:
         """Sections of the run's configuration."""
+        adapters = getattr(self.model, "adapters", None)
         return {
             "model": self.model.config.to_dict(),
+            "adapters": None if adapters is None else adapters.to_dict(),
             "data": None if self.data_config is None else dataclasses.asdict(self.data_config),
             "training": dataclasses.asdict(self.config),
         }
