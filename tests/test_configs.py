@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_long_context_can_grow_to_its_length(length):
     assert {stage.sequence_length * stage.batch_size for stage in stages} == {length}
     assert sum(stage.steps or 0 for stage in stages) <= config.training.steps // 2
     assert config.training.evaluation_tokens >= length
+
+
+def test_long_context_can_carry_its_state():
+    comment = (CONFIGS / "long_context.yaml").read_text()
+    (options,) = re.findall(r"# (--training.sequence_length \d+ --training.carry .*) reads", comment)
+    training = load("long_context", *options.split()).training
+    assert (training.carry, training.sequence_length, training.stream_length) == ("truncated", 16384, 1048576)
 
 
 def test_overrides_win_over_the_file():

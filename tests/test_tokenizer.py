@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -47,6 +48,18 @@ def test_bpe_learns_merges_and_reserves_the_separator(bpe: Tokenizer) -> None:
     assert bpe.decode([*bpe.encode("a"), 0]) == "a"
     assert bpe.decode([*bpe.encode("a"), 0], skip_special_tokens=False) == "a<|endoftext|>"
     assert bpe.text_bytes([0]) == 0
+
+
+def test_bytes_of_a_long_stream_are_counted_piece_by_piece(bpe: Tokenizer, tmp_path) -> None:
+    path = tmp_path / "tokens.bin"
+    np.random.default_rng(0).integers(bpe.vocab_size, size=3_000_001, dtype=np.uint16).tofile(path)
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    expected = np.bincount(tokens, minlength=bpe.vocab_size) @ bpe.byte_lengths
+    tracemalloc.start()
+    assert bpe.text_bytes(tokens) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_001 * 8 / 2
 
 
 def test_same_texts_give_the_same_tokenizer_in_another_process(bpe: Tokenizer) -> None:

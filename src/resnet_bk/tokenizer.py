@@ -27,6 +27,7 @@ END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
 
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", END_OF_LINE)
+_PIECE_TOKENS = 1 << 18
 _PIECE_CHARACTERS = 1 << 16
 # Long texts are encoded in pieces, because the time and memory of the engine grow faster than the text. A cut must be a
 # place where every pre-tokenisation has a boundary: between ink and a line end for GPT-2, at any line end for words.
@@ -194,6 +195,8 @@ class Tokenizer:
     def text_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """UTF-8 bytes of the text behind `ids`, special tokens (end of text among them) counting 0.
 
+        A memory map is read piece by piece.
+
         Raises:
             DataError: the bytes of single tokens are not known, see `byte_lengths`.
         """
@@ -203,7 +206,9 @@ class Tokenizer:
                 f"Bytes per token are known for byte-level and word-level tokenizers only; this one is {kind}. "
                 "Report perplexity, or use a byte-level tokenizer."
             )
-        return int(self.byte_lengths[np.asarray(ids, dtype=np.int64)].sum())
+        ids, lengths = np.asarray(ids), self.byte_lengths
+        pieces = (ids[start : start + _PIECE_TOKENS] for start in range(0, len(ids), _PIECE_TOKENS))
+        return sum(int(lengths[piece.astype(np.int64)].sum()) for piece in pieces)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:

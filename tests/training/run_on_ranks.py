@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from resnet_bk import LanguageModel, ModelConfig, Trainer, TrainingConfig
-from resnet_bk.data.loader import PackedTokenLoader, TokenLoader
+from resnet_bk.data.loader import PackedTokenLoader
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.training.callbacks import Callback
 from resnet_bk.training.checkpoint import latest_checkpoint
 from resnet_bk.training.config import DistributedConfig
+from resnet_bk.training.curriculum import training_batches
 
 FSDP = {"strategy": "fsdp"}
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,18 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp-mamba2": {"model": {"mixer": "mamba2"}},
     "fsdp-mamba3": {"distributed": FSDP, "model": {"mixer": "mamba3"}},
     "fsdp-hybrid": {"distributed": FSDP, "model": {"attention_every": 2, "attention_head_dim": 8}},
+    "ddp-carry": {"training": {"carry": "truncated", "gradient_accumulation_steps": 2}},
+    "ddp-carry-exact": {
+        "training": {"carry": "exact", "gradient_accumulation_steps": 2}, "model": {"mixer": "mamba3"}
+    },
+    "ddp-carry-context": {"training": {"carry": "truncated"}, "distributed": {"context_parallel": 2}},
+    "fsdp-carry": {
+        "distributed": FSDP, "training": {"carry": "truncated"},
+        "model": {"attention_every": 2, "attention_head_dim": 8, "attention_window": 9},
+    },
+    "fsdp-carry-exact": {
+        "distributed": FSDP, "training": {"carry": "exact", "gradient_accumulation_steps": 3}, "segment_tokens": 64,
+    },
 }  # fmt: skip
 
 
@@ -100,7 +113,7 @@ def build(
         documents = dataclasses.replace(data, document_offsets=np.arange(0, 2001, 25))
         loader = PackedTokenLoader(documents, config.sequence_length)
     else:
-        loader = TokenLoader(data, config.sequence_length, config.batch_size)
+        loader = training_batches(data, config)
     return Trainer(
         model, loader, config, distributed=DistributedConfig(**scenario.get("distributed", {})),
         validation=torch.from_numpy(tokens[:500]), callbacks=callbacks, progress=False,

@@ -67,6 +67,14 @@ def test_parts_of_all_ranks_are_the_batches_of_one_process(batches, rows, size):
     assert all(torch.equal(part["labels"], -part["input_ids"]) for part in parts)
 
 
+def test_batches_that_continue_each_other_are_shared_by_rows():
+    step = [{"input_ids": torch.arange(8).view(4, 2) + 8 * n} for n in range(2)]
+    found = share_out(step, of(1, 2), in_order=True)
+    assert [part["input_ids"].tolist() for part in found] == [[[4, 5], [6, 7]], [[12, 13], [14, 15]]]
+    with pytest.raises(ConfigError, match=r"4 ranks cannot .* Choose training\.batch_size, as a multiple"):
+        share_out([{"input_ids": torch.zeros(2, 5)}] * 4, of(0, 4), in_order=True)
+
+
 def test_packed_batches_are_dealt_out_whole():
     step = [{"input_ids": torch.full((1, 6), n), "cu_seqlens": torch.tensor([0, n + 1, 6])} for n in range(4)]
     assert share_out(step, of(1, 2)) == [step[1], step[3]]
@@ -194,7 +202,7 @@ def assert_same_curve(found: Path, expected: Path, tolerance: float = 2e-5) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-carry", "fsdp-carry-exact"])
 def test_runs_continue_on_another_number_of_ranks(tmp_path, name):
     MODULE["build"](tmp_path / "whole", name, plain=True).train()
     for first, second in ((2, 1), (1, 2)):

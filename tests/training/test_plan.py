@@ -41,9 +41,16 @@ def measured_peak(config: RunConfig) -> int:
     optimizer = build_optimizer(model, config.training, torch.device("cpu"), config.memory)
     ids = torch.randint(config.model.vocab_size, (config.training.batch_size, config.training.sequence_length))
 
+    def whole_loss() -> torch.Tensor:
+        loss, state = torch.zeros(()), None
+        for _ in range(config.training.gradient_accumulation_steps):  # more than one only with `carry` exact
+            output = model(ids, labels=ids, state=state)
+            loss, state = loss + output.loss, output.state.map(torch.clone)
+        return loss
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(ids, labels=ids).loss.backward()
+        whole_loss().backward()
         optimizer.step()
 
     segments._local.__dict__.clear()
@@ -144,6 +151,17 @@ def test_accumulation_keeps_gradients_through_the_forward_pass():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_gradients_through_several_batches_need_the_activations_of_all(recompute):
+    one = run_config("tiny", 2, 256, MemoryConfig(recompute=recompute, segment_tokens=256), vocab_size=512)
+    training = replace(one.training, carry="exact", gradient_accumulation_steps=4)
+    four = replace(one, training=training)
+    plan = plan_memory(four, device="cpu")
+    assert plan.peak == pytest.approx(measured_peak(four), rel=TOLERANCE)
+    assert plan.peak > 1.2 * plan_memory(one, device="cpu").peak
+    assert all("batch_size" not in change for change, _ in suggestions(four))
+
+
 def test_extrapolation_agrees_with_the_whole_run(monkeypatch):
     config = run_config("tiny", 1, 1024, MemoryConfig(segment_tokens=128), num_layers=5)
     short = plan_memory(config).peak

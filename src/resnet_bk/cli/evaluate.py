@@ -77,6 +77,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _dataset(model: LanguageModel, options: Any) -> TokenDataset:
     """The tokens to evaluate."""
+    import numpy as np
+
     from resnet_bk.data.files import read_documents
     from resnet_bk.data.prepare import prepare_corpus
     from resnet_bk.data.shards import TokenDataset
@@ -86,8 +88,8 @@ def _dataset(model: LanguageModel, options: Any) -> TokenDataset:
         raise ConfigError(f"--tokens is {options.tokens}; expected a whole number >= 2.")
     if options.text is not None:
         documents = read_documents(Path(options.text), text_field=options.data.text_field)
-        ids = [token for document in documents for token in model.tokenizer.encode(document.text)]
-        return TokenDataset.from_ids("text", ids)
+        tokens = (token for document in documents for token in model.tokenizer.encode(document.text))
+        return TokenDataset.from_ids("text", np.fromiter(tokens, dtype="<u4"))
     tokenizer = options.data.tokenizer or options.model
     corpus = prepare_corpus(dataclasses.replace(options.data, tokenizer=tokenizer), model.config.vocab_size)
     dataset = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}[options.split]

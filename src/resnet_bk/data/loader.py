@@ -1,4 +1,4 @@
-"""Training batches from a token dataset: shuffled windows, endless, resumable to the exact window.
+"""Training batches from a token dataset: shuffled windows, whole or segment by segment, endless, resumable exactly.
 
 Every epoch cuts the tokens into windows of `sequence_length`, from an offset drawn for that epoch, so that the cuts
 differ between epochs, and visits them in a random order. The order is a keyed permutation computed entry by entry (a
@@ -28,18 +28,22 @@ class Batch(NamedTuple):
     """int64 `[batch, time]`."""
     cu_seqlens: Tensor | None = None
     """Where each document starts in the one row, and at last `time`, int64 `[documents + 1]`; None: rows are whole."""
+    labels: Tensor | None = None
+    """int64 `[batch, time + 1]`: `input_ids` and what their last tokens are to predict; None: `input_ids` alone."""
+    continues: bool | None = None
+    """Whether the rows continue those of the batch before; None: rows are unrelated."""
 
 
 class _WindowStream:
     """The order of the windows, and the place in it."""
 
-    def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int) -> None:
+    def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int, *, what: str = "sequence") -> None:
         if sequence_length < 1:
-            raise ConfigError(f"training.sequence_length is {sequence_length}; expected a whole number >= 1.")
+            raise ConfigError(f"training.{what}_length is {sequence_length}; expected a whole number >= 1.")
         if len(dataset) < sequence_length:
             raise DataError(
-                f"The {dataset.name} split has {len(dataset)} tokens, fewer than training.sequence_length = "
-                f"{sequence_length}; shorten the sequences or use more text."
+                f"The {dataset.name} split has {len(dataset)} tokens, fewer than training.{what}_length = "
+                f"{sequence_length}; shorten the {what}s or use more text."
             )
         self._dataset = dataset
         self._sequence_length = sequence_length
@@ -119,6 +123,89 @@ class TokenLoader(_WindowStream, Iterator[Batch]):
         starts = [self._next_start() for _ in range(self._batch_size)]
         windows = [self._dataset.tokens[start : start + self._sequence_length] for start in starts]
         return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
+
+
+class StreamLoader(_WindowStream, Iterator[Batch]):
+    """Endless iterator of batches whose rows continue those of the batch before, until all their streams end together.
+
+    The streams are the windows of `TokenLoader` at `stream_length`, in its order, `batch_size` at a time and each in
+    `stream_length / sequence_length` segments. Labels reach into the next segment, so that of a stream only the first
+    token is nobody's target.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, sequence_length: int, batch_size: int, *, stream_length: int = 0, seed: int = 0
+    ) -> None:
+        """Start at the first segment of the first streams of epoch 0.
+
+        Args:
+            dataset: training tokens.
+            sequence_length: tokens of a segment.
+            batch_size: streams read side by side.
+            stream_length: tokens of a stream, a multiple of `sequence_length`; 0 is the most of which `dataset` has
+                `batch_size`.
+            seed: of the order of streams.
+
+        Raises:
+            ConfigError: a length or size below 1, or streams that segments do not tile.
+            DataError: fewer tokens than one stream.
+        """
+        for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"training.{name} is {value}; expected a whole number >= 1.")
+        if stream_length % sequence_length:
+            raise ConfigError(
+                f"training.stream_length is {stream_length}; expected 0 or a multiple of the {sequence_length} tokens "
+                "that a batch reads of each stream."
+            )
+        share = len(dataset) // batch_size // sequence_length * sequence_length
+        super().__init__(dataset, stream_length or max(sequence_length, share), seed, what="stream")
+        self._segment_length, self._batch_size = sequence_length, batch_size
+        self._segments = self._sequence_length // sequence_length
+        self._segment = 0
+
+    def __next__(self) -> Batch:
+        if self._segment == 0:
+            self._open()
+        continues, first = self._segment > 0, self._segment * self._segment_length
+        self._segment = (self._segment + 1) % self._segments
+        last = first + self._segment_length + (self._segment > 0)  # with a target for the last token, if there is one
+        rows = [self._dataset.tokens[start + first : start + last] for start in self._starts]
+        labels = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(labels[:, : self._segment_length], labels=labels, continues=continues)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, in plain JSON types: that of the streams in hand, and the next segment of them."""
+        place = super().state_dict()
+        if self._segment:
+            place |= self._opened
+        return place | {"segment": self._segment}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the place that `state_dict` told; raises `CheckpointError` as for windows."""
+        super().load_state_dict(state)
+        segment = state.get("segment")
+        if not (isinstance(segment, int) and 0 <= segment < self._segments):
+            raise CheckpointError(
+                f"The data loader's segment in the checkpoint is {segment!r}; expected a whole number from 0 to "
+                f"{self._segments - 1}."
+            )
+        if segment:
+            self._open()
+        self._segment = segment
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **super()._identity(),
+            "sequence_length": self._segment_length,
+            "stream_length": self._sequence_length,
+            "batch_size": self._batch_size,
+        }
+
+    def _open(self) -> None:
+        """Begin the next streams."""
+        self._opened = {"epoch": self._epoch, "window": self._window}
+        self._starts = [self._next_start() for _ in range(self._batch_size)]
 
 
 class PackedTokenLoader(_WindowStream, Iterator[Batch]):

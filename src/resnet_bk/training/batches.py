@@ -14,7 +14,8 @@ class BatchLoader(Protocol):
     """An endless iterator of batches whose position is saved with a checkpoint.
 
     A batch is a mapping or named tuple with `input_ids` [batch, time] and, optionally, `labels` (unshifted, -100 where
-    nothing is to be predicted) and `cu_seqlens` (document boundaries; batch 1).
+    nothing is to be predicted), `cu_seqlens` (document boundaries; batch 1) and `continues` (whether its rows continue
+    those of the batch before; `training.carry` needs it).
     """
 
     def __next__(self) -> Any:
@@ -30,9 +31,14 @@ class BatchLoader(Protocol):
         ...
 
 
+def batch_fields(batch: Any) -> dict[str, Any]:
+    """The fields of a loader's batch by name."""
+    return dict(batch) if isinstance(batch, Mapping) else batch._asdict()
+
+
 def model_arguments(batch: Any) -> dict[str, Tensor]:
     """Keyword arguments of the model for a loader's batch; labels are the inputs themselves unless given."""
-    fields = dict(batch) if isinstance(batch, Mapping) else batch._asdict()
+    fields = batch_fields(batch)
     arguments = {name: fields.get(name) for name in ("input_ids", "labels", "cu_seqlens")}
     if arguments["labels"] is None:
         arguments["labels"] = arguments["input_ids"]

@@ -28,6 +28,12 @@ class TrainingConfig:
     curriculum_from: int = 0
     """Sequence length from which stages double up to `sequence_length` over the first half of the run, with as many
     sequences as keep the tokens of a batch; 0 trains at one length."""
+    carry: Literal["none", "truncated", "exact"] = "none"
+    """State that a batch starts from where its rows continue those of the batch before: `none`, and rows are unrelated;
+    `truncated`, without gradient; `exact`, with gradient through all batches of a step."""
+    stream_length: int = 0
+    """Tokens of text that a row reads from batch to batch before its state starts anew, a multiple of
+    `sequence_length`; 0 is an equal share of the training text for every row. Needs `carry`."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step; tokens per step = sequence_length * batch_size * this."""
     learning_rate: float = 2e-3
@@ -101,6 +107,7 @@ class TrainingConfig:
             )
         if self.curriculum and self.curriculum_from:
             raise ConfigError("training.curriculum and training.curriculum_from are both set; keep one of them.")
+        self._check_carry()
         if self.sequence_length < 2:
             raise ConfigError("training.sequence_length is 1; expected at least 2, because labels are the next tokens.")
         for name in (
@@ -124,6 +131,25 @@ class TrainingConfig:
             raise ConfigError(f"training.schedule is {self.schedule!r}; expected cosine, wsd or constant.")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"training.precision is {self.precision!r}; expected auto, float32, bfloat16 or float16.")
+
+    def _check_carry(self) -> None:
+        if self.carry not in ("none", "truncated", "exact"):
+            raise ConfigError(f"training.carry is {self.carry!r}; expected none, truncated or exact.")
+        if self.stream_length and self.carry == "none":
+            raise ConfigError(
+                f"training.stream_length is {self.stream_length}, but training.carry is 'none', with which rows are "
+                "unrelated. Set carry truncated or exact, or stream_length 0."
+            )
+        if self.stream_length < 0 or self.stream_length % self.sequence_length:
+            raise ConfigError(
+                f"training.stream_length is {self.stream_length}; expected 0 or a multiple of "
+                f"training.sequence_length, {self.sequence_length}."
+            )
+        if self.carry == "exact" and self.gradient_accumulation_steps == 1:
+            raise ConfigError(
+                "training.carry is 'exact' with one batch a step, through which the gradient goes anyway; set "
+                "training.gradient_accumulation_steps to the batches that it should go through, or carry truncated."
+            )
 
 
 @dataclass(frozen=True)

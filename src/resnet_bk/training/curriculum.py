@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from resnet_bk.data.loader import Batch, TokenLoader
+from resnet_bk.data.loader import Batch, StreamLoader, TokenLoader
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.errors import CheckpointError
 from resnet_bk.training.config import TrainingConfig
@@ -43,30 +43,34 @@ def curriculum_stages(config: TrainingConfig) -> list[Stage]:
     return [*(Stage(steps, length, max(1, tokens // length)) for length in lengths), last]
 
 
-def training_batches(dataset: TokenDataset, config: TrainingConfig) -> TokenLoader | CurriculumLoader:
+def training_batches(dataset: TokenDataset, config: TrainingConfig) -> TokenLoader | StreamLoader | CurriculumLoader:
     """The batches of a run over `dataset`, in the stages that `config` asks for."""
-    stages = curriculum_stages(config)
-    if len(stages) == 1:
-        return TokenLoader(dataset, config.sequence_length, config.batch_size, seed=config.seed)
-    return CurriculumLoader(dataset, stages, batches_per_step=config.gradient_accumulation_steps, seed=config.seed)
+    loaders = [_stage_batches(dataset, stage, config) for stage in curriculum_stages(config)]
+    if len(loaders) == 1:
+        return loaders[0]
+    return CurriculumLoader(curriculum_stages(config), loaders, batches_per_step=config.gradient_accumulation_steps)
+
+
+def _stage_batches(dataset: TokenDataset, stage: Stage, config: TrainingConfig) -> TokenLoader | StreamLoader:
+    length, batch_size = stage.sequence_length, stage.batch_size
+    if config.carry == "none":
+        return TokenLoader(dataset, length, batch_size, seed=config.seed)
+    return StreamLoader(dataset, length, batch_size, stream_length=config.stream_length, seed=config.seed)
 
 
 class CurriculumLoader(Iterator[Batch]):
-    """Endless batches whose shape follows the stages; a `TokenLoader` of its own for each stage.
+    """Endless batches whose shape follows the stages; a loader of its own for each stage, so that streams end with it.
 
     Args:
-        dataset: training tokens.
         stages: as `curriculum_stages` returns them.
+        loaders: of the stages, in order.
         batches_per_step: `gradient_accumulation_steps`; stages change between steps only.
-        seed: of the order of each stage.
-
-    Raises:
-        ConfigError, DataError: as `TokenLoader` does, for any of the stages.
     """
 
-    def __init__(self, dataset: TokenDataset, stages: list[Stage], *, batches_per_step: int, seed: int) -> None:
-        self._stages, self._batches_per_step = stages, batches_per_step
-        self._loaders = [TokenLoader(dataset, stage.sequence_length, stage.batch_size, seed=seed) for stage in stages]
+    def __init__(
+        self, stages: Sequence[Stage], loaders: Sequence[TokenLoader | StreamLoader], *, batches_per_step: int
+    ) -> None:
+        self._stages, self._loaders, self._batches_per_step = stages, loaders, batches_per_step
         self._drawn = 0
 
     @property

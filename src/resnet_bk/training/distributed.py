@@ -85,16 +85,19 @@ class Engine:
                 gradient_as_bucket_view=True,
             )
 
-    def loss(self, arguments: dict[str, Tensor], weight: float) -> Tensor:
-        """`weight` times the mean loss over the targets of `arguments`, to be used inside `accumulating`.
+    def loss(self, arguments: dict[str, Tensor], weight: float, state: Any = None) -> tuple[Tensor, Any]:
+        """`weight` times the mean loss over the targets of `arguments`, which continue `state`, and the state after.
 
-        A weight of 0 takes part in the ranks' collective calls, and adds nothing.
+        To be used inside `accumulating`. A weight of 0 takes part in the ranks' collective calls, and adds nothing.
         """
         if weight == 0:
             # The model refuses a batch without targets; any will do.
             arguments = {"input_ids": arguments["input_ids"], "labels": arguments["input_ids"]}
-        shared = {} if self.context is None else {"group": self.context}
-        return self.forward(**arguments, **shared).loss * weight
+        options = {} if self.context is None else {"group": self.context}
+        if state is not None:
+            options["state"] = state
+        output = self.forward(**arguments, **options)
+        return output.loss * weight, output.state
 
     def backward(self, loss: Tensor) -> None:
         """Add this rank's gradients; DDP and FSDP divide the sum over ranks by their number, which is undone here."""
@@ -173,30 +176,31 @@ def spread_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def share_out(
-    batches: list[dict[str, Tensor]], ranks: Ranks, context: ContextGroup | None = None
+    batches: list[dict[str, Tensor]], ranks: Ranks, context: ContextGroup | None = None, *, in_order: bool = False
 ) -> list[dict[str, Tensor]]:
     """The parts of one step's batches that this rank computes; the same number on every rank.
 
     Whole batches are dealt out where their number allows it, so that a step takes fewer passes; what ranks remain
-    share the rows of each batch. Ranks of one `context` get the same rows, and each its segment of them.
+    share the rows of each batch. Ranks of one `context` get the same rows, and each its segment of them. `in_order`
+    is for rows that continue those of the batch before: a rank gets the same rows of every batch.
 
     Raises:
         ConfigError: batches and rows that the ranks cannot share evenly.
     """
     together = 1 if context is None else context.size
     rank, size = ranks.rank // together, ranks.size // together
-    dealt = math.gcd(len(batches), size)
+    dealt = 1 if in_order else math.gcd(len(batches), size)
     sharers = size // dealt
     parts = []
     for batch in batches[rank // sharers :: dealt]:
         rows = batch["input_ids"].shape[0]
         if rows % sharers or (sharers > 1 and "cu_seqlens" in batch):
             what = "packed documents in 1 row" if "cu_seqlens" in batch else f"{rows} rows"
+            product = "" if in_order else "training.gradient_accumulation_steps, or else that times "
             who = f"{size} ranks" if context is None else f"{size} groups of {together} ranks"
             raise ConfigError(
-                f"{who} cannot share {len(batches)} batches of {what} evenly. Choose "
-                "training.gradient_accumulation_steps, or else that times training.batch_size, as a multiple of the "
-                f"number of {'ranks' if context is None else 'groups'}."
+                f"{who} cannot share {len(batches)} batches of {what} evenly. Choose {product}training.batch_size, "
+                f"as a multiple of the number of {'ranks' if context is None else 'groups'}."
             )
         length, place = rows // sharers, rank % sharers
         parts.append(batch if sharers == 1 else {n: t[place * length : (place + 1) * length] for n, t in batch.items()})

@@ -108,7 +108,8 @@ def suggestions(
     if _policy(config.memory, tokens) == "none":
         config = replace(config, memory=replace(config.memory, recompute="block"))
         yield "--memory.recompute block", plan_memory(config, device=device, kernels=kernels)
-    while config.training.batch_size % 2 == 0:
+    # Rows that continue each other are not the same rows any more in batches of another shape.
+    while config.training.carry == "none" and config.training.batch_size % 2 == 0:
         training = config.training
         half = replace(
             training,
@@ -204,7 +205,8 @@ def _step(
                 module.forward = partial(_fused_norm, module)
         allocation.claim([*model.parameters(), *model.buffers()], "weights")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if training.gradient_accumulation_steps > 1:
+        together = training.gradient_accumulation_steps if training.carry == "exact" else 1
+        if training.gradient_accumulation_steps > together:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
                 allocation.claim([parameter.grad], "gradients")
@@ -232,13 +234,21 @@ def _step(
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         # CPU autocast stands in for that of the device: tensors without elements are on the CPU.
         with autocast_as_on("cpu", precision), hooks:
-            loss = model(ids, labels=ids).loss
+            loss = _loss_of(model, ids, together)
         end("forward")
-        assert loss is not None
         loss.backward()
         end("backward, late")
     phases.setdefault("backward, early", phases["backward, late"])
     return phases
+
+
+def _loss_of(model: LanguageModel, ids: torch.Tensor, together: int) -> torch.Tensor:
+    """The loss of so many batches that continue each other, whose states are not held beyond."""
+    loss, state = torch.zeros(()), None
+    for _ in range(together):
+        output = model(ids, labels=ids, state=state)
+        loss, state = loss + output.loss, output.state.map(torch.clone)
+    return loss
 
 
 def _fused_norm(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:

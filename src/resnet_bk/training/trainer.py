@@ -28,6 +28,7 @@ from resnet_bk.evaluation.perplexity import StreamEvaluation, Tokens, evaluate_s
 from resnet_bk.tokenizer import Tokenizer
 from resnet_bk.training.batches import BatchLoader, count_targets, model_arguments
 from resnet_bk.training.callbacks import Callback, MetricsFile, Progress, TensorBoard
+from resnet_bk.training.carry import Carry
 from resnet_bk.training.checkpoint import (
     check_same_config,
     checkpoint_name,
@@ -113,6 +114,7 @@ class Trainer:
         self.precision = resolve_precision(config.precision, self.device)
         self.engine = Engine(model, distributed, self.ranks, seed=config.seed)
         self.model = model
+        self.carry = Carry(config, model, self.engine)
         if tokenizer is not None:
             self.model.tokenizer = tokenizer
         self.train_loader = train_loader
@@ -231,7 +233,7 @@ class Trainer:
         self._note_checkpoint(wait=True)
         folder = self.output_dir / checkpoint_name(self.step)
         if self._checkpoint != folder:
-            self._saver.begin(self.model, self.optimizer, self.run_state())
+            self._saver.begin(self.model, self.optimizer, self.run_state(), carried=self.carry.tensors())
             self._note_checkpoint(wait=wait)
         return folder
 
@@ -252,6 +254,7 @@ class Trainer:
                     f"training.steps is {self.config.steps}, but {folder} has done {state['step']} already."
                 )
             load_state(folder, self.model, self.optimizer, group=self._group)
+            self.carry.load(folder)
             self.load_run_state(state)
         except ResNetBKError:
             raise
@@ -277,7 +280,9 @@ class Trainer:
         """One optimizer step over `gradient_accumulation_steps` batches."""
         started = time.perf_counter()
         self._call("on_step_start")
-        batches = [self._next_batch() for _ in range(self.config.gradient_accumulation_steps)]
+        drawn = [self._next_batch() for _ in range(self.config.gradient_accumulation_steps)]
+        self.carry.begin_step(drawn)
+        batches = [model_arguments(batch) for batch in drawn]
         targets = sum(count_targets(batch) for batch in batches)
         if targets == 0:
             raise DataError(f"Training step {self.step + 1} has no token to predict; check labels and cu_seqlens.")
@@ -287,14 +292,20 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts = [(part, count_targets(part)) for part in share_out(batches, self.ranks, self.engine.context)]
-        if self.ranks.size == 1:
+        parts = share_out(batches, self.ranks, self.engine.context, in_order=self.carry.active)
+        parts = [(part, count_targets(part)) for part in parts]
+        if self.ranks.size == 1 and not self.carry.active:
             parts = [(part, count) for part, count in parts if count]
-        for number, (part, count) in enumerate(parts, start=1):
-            with self.engine.accumulating(last=number == len(parts)):
+        due = 0
+        for place, (part, count) in enumerate(parts):
+            last = place == len(parts) - 1
+            with self.engine.accumulating(last=last):
                 # A part's loss is the mean over its own targets; weighted so, the sum is the mean over all.
-                share = self._forward(part, count / targets)
-                self.engine.backward(self.scaler.scale(share))
+                share = self._forward(part, count / targets, place)
+                due = due + share
+                if last or not self.carry.exact:
+                    self.engine.backward(self.scaler.scale(due))
+                    due = 0
             loss += share.detach()
         self.scaler.unscale_(self.optimizer)
         loss, norm = self.ranks.sum(loss), self.engine.gradient_norm()
@@ -308,16 +319,19 @@ class Trainer:
         self.scaler.update()
 
         tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.carry.end_step()
         self.step += 1
         self.tokens += tokens
         self._interval.add(loss_value * targets, targets, norm_value, tokens, time.perf_counter() - started)
 
-    def _forward(self, part: dict[str, Tensor], weight: float) -> Tensor:
-        """`weight` times the mean loss of one part."""
+    def _forward(self, part: dict[str, Tensor], weight: float, place: int) -> Tensor:
+        """`weight` times the mean loss of one part, the one of this number in the step."""
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
         try:
             with self._autocast():
-                return self.engine.loss(on_device, weight)
+                loss, after = self.engine.loss(on_device, weight, self.carry.entering(place))
+                self.carry.leave(after)
+                return loss
         except DomainError as error:
             if self.ranks.size > 1:
                 # The other ranks wait for this one in a collective call, so no recovery here: torchrun starts anew.
@@ -328,10 +342,9 @@ class Trainer:
                 raise
             raise self._unstable("the forward pass broke off", where) from error
 
-    def _next_batch(self) -> dict[str, Tensor]:
-        """The model's arguments for the next batch, where the loader put them."""
+    def _next_batch(self) -> Any:
         try:
-            return model_arguments(next(self.train_loader))
+            return next(self.train_loader)
         except StopIteration:
             raise DataError(f"The training data ended before step {self.step + 1} of {self.config.steps}.") from None
 

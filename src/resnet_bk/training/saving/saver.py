@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from resnet_bk.errors import CheckpointError
@@ -47,13 +48,21 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self._pending: Future[Path] | None = None
 
-    def begin(self, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def begin(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        *,
+        carried: dict[str, Tensor] | None = None,
+    ) -> None:
         """Start to save a checkpoint; `completed` tells when it is on disk.
 
         Args:
             model: as `save_state` takes it.
             optimizer: built by `build_optimizer` for `model`.
             state: `step` and whatever else continues the run, the same on every rank, in plain JSON types.
+            carried: what batches leave to the next, on the CPU and not written to again; as `Carry.tensors` returns it.
 
         Raises:
             CheckpointError: the previous save failed.
@@ -61,10 +70,10 @@ class CheckpointSaver:
         if self._pending is not None:
             raise CheckpointError("The previous checkpoint is still being saved; call completed(wait=True) first.")
         if self._thread is not None:
-            self._pending = self._thread.submit(self._write, self._snapshots.take(model, optimizer, state))
+            self._pending = self._thread.submit(self._write, self._snapshots.take(model, optimizer, state, carried))
             return
         written: Future[Path] = Future()
-        written.set_result(self._write(view_of_run(model, optimizer, state)))
+        written.set_result(self._write(view_of_run(model, optimizer, state, carried)))
         self._pending = written
 
     def completed(self, *, wait: bool) -> Path | None:

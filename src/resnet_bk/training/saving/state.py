@@ -3,6 +3,7 @@
     config.json, tokenizer.json, ...   as in a model folder
     model.safetensors                  the weights; `model/` with one file a rank if they are sharded
     optimizer/                         what the optimizer keeps, as `<what>/<parameter>`
+    carried/state.safetensors          what the next batch starts from, where `training.carry` is on
     trainer_state.json                 everything else, in plain JSON types
     checksums.json                     size and SHA-256 of every file above
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -40,6 +42,7 @@ from resnet_bk.training.saving.together import on_every_rank, on_first_rank
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FOLDER = "optimizer"
 SHARDS_FOLDER = "model"
+CARRIED_FILE = "carried/state.safetensors"
 FORMAT = 2
 
 _WITHOUT_STATE = "parameters_without_optimizer_state"
@@ -54,6 +57,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    carried: dict[str, Tensor]
 
 
 class Snapshots:
@@ -66,9 +70,15 @@ class Snapshots:
     def __init__(self) -> None:
         self._stager: DefaultStager | None = None
 
-    def take(self, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-        """The run as it is now; arguments are those of `save_state`."""
-        live = view_of_run(model, optimizer, state)
+    def take(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        carried: dict[str, Tensor] | None = None,
+    ) -> Snapshot:
+        """The run as it is now; arguments are those of `CheckpointSaver.begin`."""
+        live = view_of_run(model, optimizer, state, carried)
         if self._stager is None:
             gpu = torch.cuda.is_available()
             self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
@@ -85,11 +95,13 @@ class Snapshots:
             self._stager = None
 
 
-def view_of_run(model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+def view_of_run(
+    model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], carried: dict[str, Tensor] | None = None
+) -> Snapshot:
     """A snapshot whose tensors are the run's own: to be written before training goes on."""
     # JSON at once: whoever made these values may change them.
     plain = json.loads(json.dumps({**state, _WITHOUT_STATE: parameters_without_state(model, optimizer)}))
-    return Snapshot(model, _weights(model), optimizer_tensors(model, optimizer), plain)
+    return Snapshot(model, _weights(model), optimizer_tensors(model, optimizer), plain, carried or {})
 
 
 def save_state(
@@ -126,6 +138,8 @@ def write_snapshot(snapshot: Snapshot, folder: Path, group: ProcessGroup | None)
         on_every_rank(group, lambda: write_tensors(snapshot.optimizer, folder / OPTIMIZER_FOLDER, group))
     else:
         on_first_rank(group, lambda: _write_whole(snapshot, folder))
+    if snapshot.carried:
+        on_first_rank(group, lambda: _write_carried(snapshot.carried, folder / CARRIED_FILE))
     state = {"format": FORMAT, **snapshot.state}
     on_first_rank(group, lambda: _write_description(snapshot.model, state, folder))
     files = checksum_files(folder, group)
@@ -222,6 +236,11 @@ def _write_whole(snapshot: Snapshot, folder: Path) -> None:
     if len(files) == 1:
         files[0].rename(folder / WEIGHTS_FILE)
         (folder / INDEX_FILE).unlink()
+
+
+def _write_carried(tensors: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir()
+    save_file(tensors, path)
 
 
 def _write_description(model: Any, state: dict[str, Any], folder: Path) -> None:

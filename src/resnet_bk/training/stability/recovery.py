@@ -93,6 +93,7 @@ class AutoRecovery(Callback):
         while self._draw in self._skipped:
             for _ in range(trainer.config.gradient_accumulation_steps):
                 next(trainer.train_loader)
+            trainer.carry.reset()  # what follows a gap does not continue it
             self._draw += 1
         self._draw += 1
 

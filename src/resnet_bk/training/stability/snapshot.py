@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from resnet_bk.errors import ConfigError
+from resnet_bk.models.resnet_bk import ModelState
 
 if TYPE_CHECKING:
     from resnet_bk.training.trainer import Trainer
@@ -29,6 +30,8 @@ class Snapshot:
     """One state a parameter; empty for one that never had a gradient."""
     run: str
     """JSON of `Trainer.run_state`."""
+    carried: ModelState | None
+    """What this rank's rows leave to the next batch."""
 
     @classmethod
     @torch.no_grad()
@@ -52,12 +55,14 @@ class Snapshot:
             [_copied(parameter) for parameter in parameters],
             [{name: _copied(value) for name, value in state.get(p, {}).items()} for p in parameters],
             json.dumps(trainer.run_state()),
+            None if trainer.carry.state is None else trainer.carry.state.map(_copied),
         )
 
     @torch.no_grad()
     def restore(self, trainer: Trainer) -> None:
         """Put the run back to this state, in place; the snapshot can be used again."""
         trainer.load_run_state(json.loads(self.run))
+        trainer.carry.state = None if self.carried is None else self.carried.map(lambda x: x.to(trainer.device))
         parameters = trainer.model.parameters()
         for parameter, saved, held in zip(parameters, self.parameters, self.optimizer, strict=True):
             _local(parameter).copy_(saved)

@@ -1,0 +1,79 @@
+"""Batches that continue each other: what rows read, what they predict, and exact resumption inside a stream."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from resnet_bk.data.loader import StreamLoader, TokenLoader
+from resnet_bk.data.shards import TokenDataset
+from resnet_bk.errors import CheckpointError, ConfigError, DataError
+
+DATASET = TokenDataset.from_ids("train", np.arange(1000))
+
+
+def test_segments_of_a_stream_are_a_window_of_that_length() -> None:
+    streams, windows = StreamLoader(DATASET, 16, 3, stream_length=64, seed=4), TokenLoader(DATASET, 64, 3, seed=4)
+    for _ in range(9):  # into the second epoch
+        batches = [next(streams) for _ in range(4)]
+        expected = next(windows).input_ids
+        assert torch.equal(torch.cat([batch.input_ids for batch in batches], 1), expected)
+        assert [batch.continues for batch in batches] == [False, True, True, True]
+        for number, batch in enumerate(batches):
+            assert batch.input_ids.dtype == torch.int64 and batch.input_ids.shape == (3, 16)
+            assert batch.labels is not None
+            assert torch.equal(batch.labels, expected[:, 16 * number : 16 * number + 17])
+    assert streams.epoch == windows.epoch > 0
+
+
+def test_by_default_every_row_reads_an_equal_share() -> None:
+    loader = StreamLoader(DATASET, 16, 3)
+    batches = [next(loader) for _ in range(20)]
+    assert [batch.continues for batch in batches] == [False] + [True] * 19
+    read = torch.cat([batch.input_ids for batch in batches], 1)
+    assert torch.equal(read, read[:, :1] + torch.arange(320))
+    assert next(loader).continues is False
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 3, 4, 30])
+def test_a_place_inside_a_stream_is_restored(consumed: int) -> None:
+    def make() -> StreamLoader:
+        return StreamLoader(DATASET, 16, 3, stream_length=64, seed=5)
+
+    loader, resumed = make(), make()
+    for _ in range(consumed):
+        next(loader)
+    next(resumed)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert resumed.state_dict() == loader.state_dict()
+    for _ in range(50):
+        left, right = next(loader), next(resumed)
+        assert left.continues == right.continues
+        assert left.labels is not None and right.labels is not None and torch.equal(left.labels, right.labels)
+
+
+def test_places_of_other_streams_are_refused() -> None:
+    state = StreamLoader(DATASET, 16, 3, stream_length=64).state_dict()
+    for name, loader in {
+        "sequence_length": StreamLoader(DATASET, 32, 3, stream_length=64),
+        "stream_length": StreamLoader(DATASET, 16, 3, stream_length=32),
+        "batch_size": StreamLoader(DATASET, 16, 2, stream_length=64),
+    }.items():
+        with pytest.raises(CheckpointError, match=f"loader's {name} is .*, but the checkpoint was written with"):
+            loader.load_state_dict(state)
+    for segment in (None, 4):
+        with pytest.raises(CheckpointError, match=f"segment in the checkpoint is {segment}"):
+            StreamLoader(DATASET, 16, 3, stream_length=64).load_state_dict({**state, "segment": segment})
+
+
+def test_lengths_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.stream_length is 40; expected 0 or a multiple of the 16 tokens"):
+        StreamLoader(DATASET, 16, 3, stream_length=40)
+    with pytest.raises(DataError, match=r"has 1000 tokens, fewer than training\.stream_length = 1024; shorten the str"):
+        StreamLoader(DATASET, 16, 3, stream_length=1024)
+    for sizes, name in (((0, 3), "sequence_length"), ((16, 0), "batch_size")):
+        with pytest.raises(ConfigError, match=rf"training\.{name} is 0"):
+            StreamLoader(DATASET, *sizes)

@@ -1,0 +1,227 @@
+"""State carried from batch to batch: whose gradients are whose, exact resumption, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from resnet_bk import LanguageModel, Trainer
+from resnet_bk.data.loader import StreamLoader, TokenLoader
+from resnet_bk.data.shards import TokenDataset
+from resnet_bk.errors import CheckpointError, ConfigError, InstabilityError
+from resnet_bk.evaluation.perplexity import evaluate_stream
+from resnet_bk.training.callbacks import Callback
+from resnet_bk.training.curriculum import CurriculumLoader, training_batches
+from resnet_bk.training.stability.recovery import AutoRecovery
+
+TOKENS = TokenDataset.from_ids("train", np.random.default_rng(0).integers(0, 2, 600).cumsum() % 13)
+KINDS = {
+    "resolvent": {},
+    "phases": {"phase_coupling": True, "peierls_pairs": 1, "source": "free"},
+    "decay-only": {"dynamics": "decay_only"},
+    "primes": {"position_potential": "prime_bump"},
+    "mamba2": {"mixer": "mamba2"},
+    "mamba3": {"mixer": "mamba3"},
+    "window": {"mixer": "attention", "attention_window": 6, "attention_head_dim": 8},
+    "hybrid": {"attention_every": 2, "attention_window": 30, "attention_head_dim": 8},
+}
+
+
+def streams(tiny, **fields) -> Trainer:
+    """A trainer on streams of `TOKENS`, of four segments each unless told otherwise."""
+    model = fields.pop("model", None)
+    callbacks = fields.pop("callbacks", ())
+    config = tiny.config(**{"stream_length": 64, "carry": "truncated", **fields})
+    model = tiny.model() if model is None else model
+    return Trainer(model, training_batches(TOKENS, config), config, callbacks=callbacks, progress=False)
+
+
+def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def one_step(tiny, model: LanguageModel, **fields) -> dict[str, torch.Tensor]:
+    """Gradients of one step over four segments of two streams."""
+    options = dict(steps=1, gradient_accumulation_steps=4, gradient_clip_norm=0)
+    streams(tiny, model=model, **{**options, **fields}).train()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_gradients_are_those_of_whole_sequences(tiny, kind):
+    model, whole = tiny.model(**KINDS[kind]).double(), tiny.model(**KINDS[kind]).double()
+    found = one_step(tiny, model, carry="exact")
+    ids = next(TokenLoader(TOKENS, 64, 2)).input_ids
+    whole(ids, labels=ids).loss.backward()
+    expected = gradients(whole)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_gradients_are_those_of_the_long_run_with_detached_states(tiny, kind):
+    model, long = tiny.model(**KINDS[kind]).double(), tiny.model(**KINDS[kind]).double()
+    found = one_step(tiny, model)
+    ids = next(TokenLoader(TOKENS, 64, 2)).input_ids
+    state, exact = None, tiny.model(**KINDS[kind]).double()
+    exact(ids, labels=ids).loss.backward()
+    for start in range(0, 64, 16):
+        output = long(ids[:, start : start + 16], labels=ids[:, start : start + 17], state=state)
+        (output.loss * (15 + (start < 48)) / 63).backward()
+        state = output.state.detach()
+    for name, gradient in gradients(long).items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-14, msg=name)
+    # The two kinds of gradient are two.
+    assert any((found[name] - gradient).abs().max() > 1e-6 for name, gradient in gradients(exact).items())
+
+
+class Losses(Callback):
+    """What the rows of metrics say, as sums over the targets of their step."""
+
+    def __init__(self) -> None:
+        self.nats: list[float] = []
+
+    def on_gradients(self, trainer, loss, gradient_norm) -> None:
+        self.nats.append(loss)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_losses_of_a_stream_are_those_of_streaming_evaluation(tiny, accumulation):
+    """At a rate that changes nothing, training reads a text as evaluation does: each token from all before it."""
+    model, losses = tiny.model().double(), Losses()
+    streams(
+        tiny, model=model, callbacks=[losses], steps=36 // accumulation, batch_size=1, stream_length=576,
+        gradient_accumulation_steps=accumulation, learning_rate=1e-30,
+    ).train()  # fmt: skip
+    text = next(TokenLoader(TOKENS, 576, 1)).input_ids[0]
+    targets = [16 * accumulation] * len(losses.nats)
+    targets[-1] -= 1  # of the last token
+    nats = sum(loss * count for loss, count in zip(losses.nats, targets, strict=True))
+    assert nats == pytest.approx(evaluate_stream(model, text, segment_length=100).nats, rel=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_inside_a_stream_resumes_bit_identically(tiny, tmp_path, kind):
+    def run(folder: str, *parts: int) -> Trainer:
+        for steps in parts:
+            trainer = streams(
+                tiny, model=tiny.model(**KINDS[kind]), output_dir=str(tmp_path / folder), steps=steps, resume=True,
+                schedule="constant", carry="exact", gradient_accumulation_steps=2, stream_length=128,
+            )  # fmt: skip
+            trainer.train()
+        return trainer
+
+    whole, parts = run("whole", 6), run("parts", 1, 3, 6)  # streams end at steps 4 and 8
+    folders = [trainer.output_dir / "step-000006" for trainer in (whole, parts)]
+    for name in ("model.safetensors", "optimizer/model-00001-of-00001.safetensors", "carried/state.safetensors"):
+        left, right = (load_file(folder / name) for folder in folders)
+        assert left.keys() == right.keys() and left
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    # A restored state is not an empty one.
+    moved = tmp_path / "parts" / "step-000003" / "carried" / "state.safetensors"
+    assert any((tensor != 0).any() for tensor in load_file(moved).values())
+
+
+def test_streams_begin_afresh_where_the_last_ended(tiny):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer):
+            forward = trainer.engine.loss
+            trainer.engine.loss = lambda part, weight, state: seen.append(state) or forward(part, weight, state)
+
+    streams(tiny, callbacks=[Watch()], steps=9, stream_length=48).train()
+    assert [state is None for state in seen] == [True, False, False] * 3
+    assert all(not tensor.requires_grad for state in seen if state is not None for tensor in state.tensors)
+    assert {int(state.layers[0].mix.position[0]) for state in seen if state is not None} == {16, 32}
+
+
+class GapLoader:
+    """Streams with one segment left out; what follows does not continue."""
+
+    def __init__(self, loader: StreamLoader, gap: int) -> None:
+        self.loader, self.gap, self.drawn = loader, gap, 0
+
+    def __next__(self):
+        self.drawn += 1
+        if self.drawn != self.gap:
+            return next(self.loader)
+        next(self.loader)
+        return next(self.loader)._replace(continues=False)
+
+    def state_dict(self):
+        return {}
+
+
+class Refuse(Callback):
+    """Refuses the step at which it comes to a certain batch, once it is there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_gradients(self, trainer, loss, gradient_norm):
+        if trainer.step + 1 == self.step:
+            self.step = 0
+            raise InstabilityError("refused")
+
+
+def test_a_rollback_takes_the_state_back_and_a_gap_ends_the_streams(tiny, tmp_path):
+    recovery = AutoRecovery(learning_rate_factor=1, snapshot_every=2)
+    recovered = streams(tiny, callbacks=[recovery, Refuse(4)], steps=6, stream_length=128)
+    recovered.train()
+    config = tiny.config(output_dir=str(tmp_path / "gap"), steps=6, carry="truncated", stream_length=128)
+    loader = GapLoader(StreamLoader(TOKENS, 16, 2, stream_length=128), gap=4)
+    expected = Trainer(tiny.model(), loader, config, progress=False)
+    expected.train()
+    found, wanted = recovered.model.state_dict(), expected.model.state_dict()
+    assert [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)] == []
+    assert torch.equal(recovered.carry.state.layers[0].mix.memory, expected.carry.state.layers[0].mix.memory)
+
+
+def test_stages_carry_streams_of_their_own(tiny):
+    trainer = streams(tiny, steps=8, curriculum=[[3, 8, 4]], stream_length=0)
+    assert isinstance(trainer.train_loader, CurriculumLoader)
+    starts = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer):
+            starts.append(int(trainer.carry.state.layers[0].mix.position[0]))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert starts == [8, 16, 24, 16, 32, 48, 64, 80]
+
+
+def test_damage_and_other_models_are_named(tiny, tmp_path):
+    trainer = streams(tiny, steps=2)
+    trainer.train()
+    folder = trainer.output_dir / "step-000002"
+    with pytest.raises(CheckpointError, match=r"state\.safetensors and the state of this model differ in 'layers\.0\."):
+        streams(tiny, model=tiny.model(**KINDS["mamba3"])).carry.load(folder)
+    path = folder / "carried" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"carried/state\.safetensors cannot be read"):
+        trainer.carry.load(folder)
+    with pytest.raises(CheckpointError, match=r"carried/state\.safetensors"):
+        streams(tiny, steps=4, resume=True).train()
+
+
+def test_settings_that_cannot_work_are_refused(tiny):
+    for fields, message in (
+        ({"carry": "some"}, r"training\.carry is 'some'"),
+        ({"stream_length": 64}, r"training\.stream_length is 64, but training\.carry is 'none'"),
+        ({"carry": "truncated", "stream_length": 40}, r"expected 0 or a multiple of training\.sequence_length, 16"),
+        ({"carry": "exact"}, "with one batch a step"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny.config(**fields)
+    with pytest.raises(ConfigError, match=r"training\.carry is 'truncated', but attention without a window"):
+        streams(tiny, model=tiny.model(attention_every=2, attention_head_dim=8))
+    config = tiny.config(carry="truncated")
+    for batch in (next(tiny.loader()), {**next(tiny.loader()), "continues": True, "cu_seqlens": torch.tensor([0, 16])}):
+        loader = iter([batch])
+        with pytest.raises(ConfigError, match="needs batches of whole rows with a field `continues`"):
+            Trainer(tiny.model(), loader, config, progress=False)._train_step()
