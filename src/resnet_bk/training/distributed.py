@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -207,27 +207,40 @@ def share_out(
     return parts if context is None else [split_batch(part, context) for part in parts]
 
 
-def _shard(model: Any, config: DistributedConfig, ranks: Ranks) -> None:
-    """Apply `fully_shard` to every block and to the model."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("data",))
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    gather = None if config.gather_dtype == "float32" else dtypes[config.gather_dtype]
+def shard(
+    model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, reshard_after_forward: bool, cpu_offload: bool
+) -> None:
+    """Apply `fully_shard` to every block and to the model.
+
+    Args:
+        model: a `LanguageModel`.
+        mesh: of ranks to shard over; of two dimensions the first replicates.
+        policy: dtypes of the traffic; inputs must not be cast, because states are float32 or wider and stay so.
+        reshard_after_forward: drop the gathered parameters of a block after its forward pass.
+        cpu_offload: keep shards in the processor's memory.
+    """
     options: dict[str, Any] = {
         "mesh": mesh,
-        # States are float32 or wider and stay so: inputs are not cast.
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=gather, reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False
-        ),
-        "offload_policy": CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
-        if config.cpu_offload
-        else OffloadPolicy(),
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
     }
     # The views are states, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     # What the model itself holds is needed at once when the backward pass begins, so it is never dropped between.
-    fully_shard(model, reshard_after_forward=None if config.reshard_after_forward else False, **options)
+    fully_shard(model, reshard_after_forward=None if reshard_after_forward else False, **options)
+
+
+def _shard(model: Any, config: DistributedConfig, ranks: Ranks) -> None:
+    """`shard` as the configuration says, with a way to evaluate streams."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("data",))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    gather = None if config.gather_dtype == "float32" else dtypes[config.gather_dtype]
+    policy = MixedPrecisionPolicy(
+        param_dtype=gather, reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False
+    )
+    shard(model, mesh, policy, reshard_after_forward=config.reshard_after_forward, cpu_offload=config.cpu_offload)
     setattr(model, _STREAM, model.hidden_states)
     register_fsdp_forward_method(model, _STREAM)
 
@@ -237,7 +250,7 @@ def _fill(model: Any, device: torch.device, seed: int) -> None:
     seed_everything(seed)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         model.to_empty(device=device)
-        with _WholeDraws():
+        with WholeDraws():
             model.reset_parameters()
         return
     model.to_empty(device="cpu")
@@ -245,8 +258,8 @@ def _fill(model: Any, device: torch.device, seed: int) -> None:
     model.to(device)
 
 
-class _WholeDraws(TorchDispatchMode):
-    """Every in-place operation on a sharded tensor is done on the whole tensor, of which each rank keeps its shard.
+class WholeDraws(TorchDispatchMode):
+    """Inside, in-place operations on a sharded tensor are done on the whole tensor, of which each rank keeps its shard.
 
     So random numbers do not depend on the number of ranks. One whole tensor exists at a time.
     """
