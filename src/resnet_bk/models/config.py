@@ -70,7 +70,7 @@ class ModelConfig:
     """Smallest absorption eta, in units of the hopping; > 0."""
     absorption_start: float = 1e-3
     """Absorptions start log-uniform between this and `absorption_stop`, above the floor."""
-    absorption_stop: float = 0.1
+    absorption_stop: float = 4.0
     """Largest absorption at the start: the shortest memories last about 2 / `absorption_stop` tokens."""
     convolution_width: int = 0
     """Tokens of a causal convolution that is added to values, keys and queries before they are mixed, channel by
