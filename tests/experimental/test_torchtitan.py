@@ -59,12 +59,13 @@ def test_ranks_follow_a_plain_loop(workplace, ranks, options):
     expected, found = (json.loads((workplace / f"{how}.json").read_text()) for how in ("without", "with"))
     assert len(found) == 4 and found[-1][0] < found[0][0] - 0.2
     for mine, other in zip(found, expected, strict=True):
-        assert mine == pytest.approx(other, rel=1e-5)  # measured worst: 1e-6
+        assert mine == pytest.approx(other, rel=5e-6)  # measured worst: 1e-6
     wanted = LanguageModel.from_pretrained(workplace / "expected").state_dict()
     trained = torch.load(workplace / "trained.pt", weights_only=True)
     assert trained.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5, msg=name)
+        # Measured worst: 2e-7.
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-6, msg=name)
     drawn = torch.load(workplace / "drawn.pt", weights_only=True)
     fresh = LanguageModel.from_pretrained(workplace / "assets")
     torch.manual_seed(7)

@@ -62,6 +62,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "training": {"carry": "exact", "gradient_accumulation_steps": 2}, "model": {"mixer": "mamba3"}
     },
     "ddp-carry-context": {"training": {"carry": "truncated"}, "distributed": {"context_parallel": 2}},
+    "ddp-documents": {"training": {"carry": "exact", "stream": "document", "gradient_accumulation_steps": 2}},
+    "ddp-documents-context": {
+        "training": {"carry": "truncated", "stream": "document"}, "distributed": {"context_parallel": 2}
+    },
     "fsdp-carry": {
         "distributed": FSDP, "training": {"carry": "truncated"},
         "model": {"attention_every": 2, "attention_head_dim": 8, "attention_window": 9},
@@ -109,6 +113,7 @@ def build(
     config = TrainingConfig(**{**defaults, **scenario.get("training", {}), **fields})
     tokens = np.random.default_rng(0).integers(0, 2, 2000).cumsum() % 13
     data = TokenDataset.from_ids("train", tokens)
+    data = dataclasses.replace(data, document_offsets=np.array([0, 150, 500, 530, 1100, 1400, 1660, 2000]))
     if "packed" in scenario:
         documents = dataclasses.replace(data, document_offsets=np.arange(0, 2001, 25))
         loader = PackedTokenLoader(documents, config.sequence_length)

@@ -202,7 +202,7 @@ def assert_same_curve(found: Path, expected: Path, tolerance: float = 2e-5) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-carry", "fsdp-carry-exact"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-documents", "fsdp-carry-exact"])
 def test_runs_continue_on_another_number_of_ranks(tmp_path, name):
     MODULE["build"](tmp_path / "whole", name, plain=True).train()
     for first, second in ((2, 1), (1, 2)):

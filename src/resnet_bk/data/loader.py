@@ -1,4 +1,4 @@
-"""Training batches from a token dataset: shuffled windows, whole or segment by segment, endless, resumable exactly.
+"""Training batches from a token dataset: shuffled windows, endless, resumable to the exact window.
 
 Every epoch cuts the tokens into windows of `sequence_length`, from an offset drawn for that epoch, so that the cuts
 differ between epochs, and visits them in a random order. The order is a keyed permutation computed entry by entry (a
@@ -18,6 +18,8 @@ from torch import Tensor
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.errors import CheckpointError, ConfigError, DataError
 
+IGNORED_LABEL = -100
+"""Label of what is nobody's target."""
 _ROUNDS = 4
 
 
@@ -30,11 +32,11 @@ class Batch(NamedTuple):
     """Where each document starts in the one row, and at last `time`, int64 `[documents + 1]`; None: rows are whole."""
     labels: Tensor | None = None
     """int64 `[batch, time + 1]`: `input_ids` and what their last tokens are to predict; None: `input_ids` alone."""
-    continues: bool | None = None
-    """Whether the rows continue those of the batch before; None: rows are unrelated."""
+    continues: Tensor | None = None
+    """Which rows continue those of the batch before, bool `[batch]`; None: rows are unrelated."""
 
 
-class _WindowStream:
+class WindowOrder:
     """The order of the windows, and the place in it."""
 
     def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int, *, what: str = "sequence") -> None:
@@ -65,12 +67,7 @@ class _WindowStream:
         Raises:
             CheckpointError: the place belongs to other data, another sequence length or another seed, or is none.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"The data loader's {name} is {value!r}, but the checkpoint was written with {state.get(name)!r}; "
-                    "resume with the same data and settings, or start a new run."
-                )
+        check_identity(state, self._identity())
         epoch, window = state.get("epoch"), state.get("window")
         if not (isinstance(epoch, int) and isinstance(window, int) and epoch >= 0 and window >= 0):
             raise CheckpointError(
@@ -86,7 +83,7 @@ class _WindowStream:
     def _enter(self, epoch: int) -> None:
         self._epoch = epoch
         self._window = 0
-        self._key = hashlib.blake2b(f"{self._seed}:{epoch}".encode(), digest_size=32).digest()
+        self._key = epoch_key(self._seed, epoch)
         slack = len(self._dataset) - self._sequence_length
         self._offset = int.from_bytes(self._key[:8], "little") % min(self._sequence_length, slack + 1)
         self._windows = (len(self._dataset) - self._offset) // self._sequence_length
@@ -100,7 +97,7 @@ class _WindowStream:
         return start
 
 
-class TokenLoader(_WindowStream, Iterator[Batch]):
+class TokenLoader(WindowOrder, Iterator[Batch]):
     """Endless iterator of batches with `input_ids`, int64 `[batch_size, sequence_length]`.
 
     Documents follow each other in a window, separated by the end-of-text tokens of the shard. The same dataset,
@@ -125,90 +122,7 @@ class TokenLoader(_WindowStream, Iterator[Batch]):
         return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
 
 
-class StreamLoader(_WindowStream, Iterator[Batch]):
-    """Endless iterator of batches whose rows continue those of the batch before, until all their streams end together.
-
-    The streams are the windows of `TokenLoader` at `stream_length`, in its order, `batch_size` at a time and each in
-    `stream_length / sequence_length` segments. Labels reach into the next segment, so that of a stream only the first
-    token is nobody's target.
-    """
-
-    def __init__(
-        self, dataset: TokenDataset, sequence_length: int, batch_size: int, *, stream_length: int = 0, seed: int = 0
-    ) -> None:
-        """Start at the first segment of the first streams of epoch 0.
-
-        Args:
-            dataset: training tokens.
-            sequence_length: tokens of a segment.
-            batch_size: streams read side by side.
-            stream_length: tokens of a stream, a multiple of `sequence_length`; 0 is the most of which `dataset` has
-                `batch_size`.
-            seed: of the order of streams.
-
-        Raises:
-            ConfigError: a length or size below 1, or streams that segments do not tile.
-            DataError: fewer tokens than one stream.
-        """
-        for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigError(f"training.{name} is {value}; expected a whole number >= 1.")
-        if stream_length % sequence_length:
-            raise ConfigError(
-                f"training.stream_length is {stream_length}; expected 0 or a multiple of the {sequence_length} tokens "
-                "that a batch reads of each stream."
-            )
-        share = len(dataset) // batch_size // sequence_length * sequence_length
-        super().__init__(dataset, stream_length or max(sequence_length, share), seed, what="stream")
-        self._segment_length, self._batch_size = sequence_length, batch_size
-        self._segments = self._sequence_length // sequence_length
-        self._segment = 0
-
-    def __next__(self) -> Batch:
-        if self._segment == 0:
-            self._open()
-        continues, first = self._segment > 0, self._segment * self._segment_length
-        self._segment = (self._segment + 1) % self._segments
-        last = first + self._segment_length + (self._segment > 0)  # with a target for the last token, if there is one
-        rows = [self._dataset.tokens[start + first : start + last] for start in self._starts]
-        labels = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return Batch(labels[:, : self._segment_length], labels=labels, continues=continues)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data, in plain JSON types: that of the streams in hand, and the next segment of them."""
-        place = super().state_dict()
-        if self._segment:
-            place |= self._opened
-        return place | {"segment": self._segment}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the place that `state_dict` told; raises `CheckpointError` as for windows."""
-        super().load_state_dict(state)
-        segment = state.get("segment")
-        if not (isinstance(segment, int) and 0 <= segment < self._segments):
-            raise CheckpointError(
-                f"The data loader's segment in the checkpoint is {segment!r}; expected a whole number from 0 to "
-                f"{self._segments - 1}."
-            )
-        if segment:
-            self._open()
-        self._segment = segment
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            **super()._identity(),
-            "sequence_length": self._segment_length,
-            "stream_length": self._sequence_length,
-            "batch_size": self._batch_size,
-        }
-
-    def _open(self) -> None:
-        """Begin the next streams."""
-        self._opened = {"epoch": self._epoch, "window": self._window}
-        self._starts = [self._next_start() for _ in range(self._batch_size)]
-
-
-class PackedTokenLoader(_WindowStream, Iterator[Batch]):
+class PackedTokenLoader(WindowOrder, Iterator[Batch]):
     """Endless iterator of batches with `cu_seqlens`: one window of `TokenLoader` each, cut where documents start.
 
     Given to the model together with `cu_seqlens`, no document sees another. A document that a window's edge cuts
@@ -226,6 +140,21 @@ class PackedTokenLoader(_WindowStream, Iterator[Batch]):
         cuts = np.concatenate([[0], offsets[first:last] - start, [length]])
         tokens = self._dataset.tokens[start : start + length].astype(np.int64)
         return Batch(torch.from_numpy(tokens)[None], torch.from_numpy(cuts))
+
+
+def check_identity(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise `CheckpointError` naming the first of the settings of a loader that `state` was not written with."""
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise CheckpointError(
+                f"The data loader's {name} is {value!r}, but the checkpoint was written with {state.get(name)!r}; "
+                "resume with the same data and settings, or start a new run."
+            )
+
+
+def epoch_key(seed: int, epoch: int) -> bytes:
+    """The key of the order of an epoch, 32 bytes."""
+    return hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=32).digest()
 
 
 def permuted_index(index: int, size: int, key: bytes) -> int:

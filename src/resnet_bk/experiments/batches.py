@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_bk.data.loader import PackedTokenLoader, TokenLoader
+from resnet_bk.data.loader import IGNORED_LABEL, PackedTokenLoader, TokenLoader
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.errors import CheckpointError, ConfigError, DataError
-from resnet_bk.training.batches import IGNORED_LABEL
 
 Context = Literal["fresh", "carried", "documents"]
 CONTEXTS: dict[str, str] = {

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -498,6 +498,18 @@ class Mixer(nn.Module):
         if self.config.boundary == "wall":
             return GreenState(torch.zeros_like(energy), torch.zeros_like(energy))
         return GreenState(*decaying_root(-energy, F.softplus(bias) + self.config.absorption_floor))
+
+    def with_lead(self, state: MixerState, continues: Bool[Tensor, " rows"]) -> MixerState:
+        """`state` with the lead's M in the rows that do not continue."""
+
+        def entered(held: GreenState | None) -> GreenState | None:
+            if held is None:
+                return None
+            lead = self.lead(held.real.dtype)
+            parts = (torch.where(continues[:, None], x, start) for x, start in zip(held, lead, strict=True))
+            return GreenState(*parts)
+
+        return state._replace(green=entered(state.green), free=entered(state.free))
 
     @staticmethod
     def _cayley(real: Tensor, imag: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
@@ -309,6 +309,22 @@ class LanguageModel(nn.Module):
                 x, states = run(ids, states, cu_seqlens, segment, run_block)
                 parts.append(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), ModelState(cast(Any, states))
+
+    def restarted(self, state: ModelState, continues: Bool[Tensor, " rows"]) -> ModelState:
+        """`state` where rows continue; what the others have before their first token elsewhere.
+
+        Not for a model whose parameters are sharded: what the resolvent starts from is made of some of them.
+        """
+
+        def kept(x: Tensor) -> Tensor:
+            return torch.where(continues.view(-1, *(1,) * (x.dim() - 1)), x, x.new_zeros(()))
+
+        layers = []
+        for block, held in zip(self.blocks, state.layers, strict=True):
+            held = _map_tensors(held, kept)
+            mixer = cast(Block, block).mixer
+            layers.append(mixer.with_lead(held, continues) if isinstance(mixer, Mixer) else held)
+        return ModelState(tuple(layers))
 
     def _through(
         self,

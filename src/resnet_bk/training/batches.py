@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from resnet_bk.data.loader import IGNORED_LABEL
 
 
 class BatchLoader(Protocol):
     """An endless iterator of batches whose position is saved with a checkpoint.
 
     A batch is a mapping or named tuple with `input_ids` [batch, time] and, optionally, `labels` (unshifted, -100 where
-    nothing is to be predicted), `cu_seqlens` (document boundaries; batch 1) and `continues` (whether its rows continue
-    those of the batch before; `training.carry` needs it).
+    nothing is to be predicted), `cu_seqlens` (document boundaries; batch 1) and `continues` (which rows continue
+    those of the batch before, bool [batch]; `training.carry` needs it).
     """
 
     def __next__(self) -> Any:

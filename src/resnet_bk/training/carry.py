@@ -23,12 +23,17 @@ from resnet_bk.training.context_parallel import last_state
 from resnet_bk.training.distributed import Engine
 from resnet_bk.training.saving.state import CARRIED_FILE
 
+_SHARDED = (
+    "distributed.strategy is 'fsdp', with which rows cannot start anew while others continue; set training.stream "
+    "window, or strategy ddp."
+)
+
 
 class Carry:
     """What a run carries from batch to batch, of this rank's rows.
 
     Args:
-        config: `carry` counts.
+        config: `carry` and `stream` count.
         model: with `config` and `hidden_states`.
         engine: of the model.
 
@@ -39,14 +44,14 @@ class Carry:
 
     Raises:
         ConfigError: attention that sees everything, whose state would grow with the stream; exact gradients where
-            ranks share sequences.
+            ranks share sequences; documents as streams where parameters are sharded.
     """
 
     def __init__(self, config: TrainingConfig, model: Any, engine: Engine) -> None:
         self.active, self.exact = config.carry != "none", config.carry == "exact"
         self.state: ModelState | None = None
         self._passed: ModelState | None = None
-        self._continues: list[bool] = []
+        self._continues: list[Tensor] = []
         self._model, self._engine, self._ranks = model, engine, engine.ranks
         if not self.active:
             return
@@ -55,6 +60,8 @@ class Carry:
                 f"training.carry is {config.carry!r}, but attention without a window would carry every token of a "
                 "stream; set model.attention_window, or training.carry none."
             )
+        if engine.sharded and config.stream == "document":
+            raise ConfigError(_SHARDED)
         if self.exact and engine.context is not None:
             raise ConfigError(
                 "training.carry is 'exact', but ranks that share sequences pass states on without gradient; set "
@@ -62,7 +69,7 @@ class Carry:
             )
 
     def begin_step(self, batches: list[Any]) -> None:
-        """Read from the loader's batches whether their rows continue.
+        """Read from the loader's batches which of their rows continue.
 
         Raises:
             ConfigError: batches that do not say so, or of packed documents.
@@ -74,14 +81,21 @@ class Carry:
             fields = batch_fields(batch)
             if fields.get("continues") is None or fields.get("cu_seqlens") is not None:
                 raise ConfigError(
-                    "training.carry needs batches of whole rows with a field `continues`, as those of StreamLoader; "
-                    "use that loader, or set carry none."
+                    "training.carry needs batches of whole rows with a field `continues`, as those of StreamLoader and "
+                    "DocumentLoader; use one of them, or set carry none."
                 )
-            self._continues.append(bool(fields["continues"]))
+            if self._engine.sharded and fields["continues"].any() != fields["continues"].all():
+                raise ConfigError(_SHARDED)
+            groups, place = self._place
+            self._continues.append(fields["continues"].tensor_split(groups)[place])
 
     def entering(self, place: int) -> ModelState | None:
         """The state before the batch of this number in the step."""
-        return self._passed if self.active and self._continues[place] else None
+        if not self.active or self._passed is None or not self._continues[place].any():
+            return None
+        if self._continues[place].all():
+            return self._passed
+        return self._model.restarted(self._passed, self._continues[place].to(self._ranks.device))
 
     def leave(self, after: ModelState) -> None:
         """Pass on the state after a batch."""
@@ -127,7 +141,7 @@ class Carry:
         if stored.keys() != names.keys():
             odd = sorted(stored.keys() ^ names.keys())[0]
             raise CheckpointError(f"{path} and the state of this model differ in {odd!r}; use an older checkpoint.")
-        groups, place = self._ranks.size // self._sharers, self._ranks.rank // self._sharers
+        groups, place = self._place
         values = (stored[name].tensor_split(groups)[place].to(self._ranks.device) for name in names)
         self.state = structure.map(lambda _: next(values))
 
@@ -135,6 +149,11 @@ class Carry:
     def _sharers(self) -> int:
         """Neighbouring ranks that hold the same rows."""
         return 1 if self._engine.context is None else self._engine.context.size
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Number of parts that the rows of a batch are cut into, and which of them this rank has."""
+        return self._ranks.size // self._sharers, self._ranks.rank // self._sharers
 
     @torch.no_grad()
     def _structure(self) -> ModelState:

@@ -31,9 +31,11 @@ class TrainingConfig:
     carry: Literal["none", "truncated", "exact"] = "none"
     """State that a batch starts from where its rows continue those of the batch before: `none`, and rows are unrelated;
     `truncated`, without gradient; `exact`, with gradient through all batches of a step."""
+    stream: Literal["window", "document"] = "window"
+    """What a row reads from batch to batch before its state starts anew: a `window` of `stream_length` tokens, or a
+    `document`, whose last segment stays empty behind its end. Needs `carry`."""
     stream_length: int = 0
-    """Tokens of text that a row reads from batch to batch before its state starts anew, a multiple of
-    `sequence_length`; 0 is an equal share of the training text for every row. Needs `carry`."""
+    """Tokens of a window, a multiple of `sequence_length`; 0 is an equal share of the training text for every row."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step; tokens per step = sequence_length * batch_size * this."""
     learning_rate: float = 2e-3
@@ -135,10 +137,18 @@ class TrainingConfig:
     def _check_carry(self) -> None:
         if self.carry not in ("none", "truncated", "exact"):
             raise ConfigError(f"training.carry is {self.carry!r}; expected none, truncated or exact.")
-        if self.stream_length and self.carry == "none":
+        if self.stream not in ("window", "document"):
+            raise ConfigError(f"training.stream is {self.stream!r}; expected window or document.")
+        for name, default in (("stream", "window"), ("stream_length", 0)):
+            if getattr(self, name) != default and self.carry == "none":
+                raise ConfigError(
+                    f"training.{name} is {getattr(self, name)!r}, but training.carry is 'none', with which rows are "
+                    f"unrelated. Set carry truncated or exact, or {name} {default}."
+                )
+        if self.stream_length and self.stream == "document":
             raise ConfigError(
-                f"training.stream_length is {self.stream_length}, but training.carry is 'none', with which rows are "
-                "unrelated. Set carry truncated or exact, or stream_length 0."
+                f"training.stream_length is {self.stream_length}, but training.stream is 'document', which is as long "
+                "as it is. Set stream_length 0, or stream window."
             )
         if self.stream_length < 0 or self.stream_length % self.sequence_length:
             raise ConfigError(

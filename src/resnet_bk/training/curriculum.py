@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from resnet_bk.data.loader import Batch, StreamLoader, TokenLoader
+from resnet_bk.data.loader import Batch, TokenLoader
 from resnet_bk.data.shards import TokenDataset
+from resnet_bk.data.streams import DocumentLoader, StreamLoader
 from resnet_bk.errors import CheckpointError
 from resnet_bk.training.config import TrainingConfig
 
@@ -43,7 +44,10 @@ def curriculum_stages(config: TrainingConfig) -> list[Stage]:
     return [*(Stage(steps, length, max(1, tokens // length)) for length in lengths), last]
 
 
-def training_batches(dataset: TokenDataset, config: TrainingConfig) -> TokenLoader | StreamLoader | CurriculumLoader:
+StageLoader = TokenLoader | StreamLoader | DocumentLoader
+
+
+def training_batches(dataset: TokenDataset, config: TrainingConfig) -> StageLoader | CurriculumLoader:
     """The batches of a run over `dataset`, in the stages that `config` asks for."""
     loaders = [_stage_batches(dataset, stage, config) for stage in curriculum_stages(config)]
     if len(loaders) == 1:
@@ -51,10 +55,12 @@ def training_batches(dataset: TokenDataset, config: TrainingConfig) -> TokenLoad
     return CurriculumLoader(curriculum_stages(config), loaders, batches_per_step=config.gradient_accumulation_steps)
 
 
-def _stage_batches(dataset: TokenDataset, stage: Stage, config: TrainingConfig) -> TokenLoader | StreamLoader:
+def _stage_batches(dataset: TokenDataset, stage: Stage, config: TrainingConfig) -> StageLoader:
     length, batch_size = stage.sequence_length, stage.batch_size
     if config.carry == "none":
         return TokenLoader(dataset, length, batch_size, seed=config.seed)
+    if config.stream == "document":
+        return DocumentLoader(dataset, length, batch_size, seed=config.seed)
     return StreamLoader(dataset, length, batch_size, stream_length=config.stream_length, seed=config.seed)
 
 
@@ -67,9 +73,7 @@ class CurriculumLoader(Iterator[Batch]):
         batches_per_step: `gradient_accumulation_steps`; stages change between steps only.
     """
 
-    def __init__(
-        self, stages: Sequence[Stage], loaders: Sequence[TokenLoader | StreamLoader], *, batches_per_step: int
-    ) -> None:
+    def __init__(self, stages: Sequence[Stage], loaders: Sequence[StageLoader], *, batches_per_step: int) -> None:
         self._stages, self._loaders, self._batches_per_step = stages, loaders, batches_per_step
         self._drawn = 0
 
