@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resnet_bk import LanguageModel, Trainer
+from resnet_bk import LanguageModel, ModelConfig, Trainer
 from resnet_bk.data.loader import TokenLoader
 from resnet_bk.data.shards import TokenDataset
 from resnet_bk.data.streams import DocumentLoader, StreamLoader
@@ -112,7 +112,7 @@ def test_losses_of_a_stream_are_those_of_streaming_evaluation(tiny, accumulation
     assert nats == pytest.approx(evaluate_stream(model, text, segment_length=100).nats, rel=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["phases", "convolution", "mamba2", "mamba3", "window", "hybrid"])
 def test_a_run_stopped_inside_a_stream_resumes_bit_identically(tiny, tmp_path, kind):
     def run(folder: str, *parts: int) -> Trainer:
         for steps in parts:
@@ -170,6 +170,38 @@ def test_rows_that_start_anew_are_as_if_they_were_the_first(tiny, kind):
     torch.testing.assert_close(found[[1]], run([1], None), rtol=0, atol=1e-13)
     for name, expected in gradients(model).items():
         torch.testing.assert_close(gradient[name], expected, rtol=0, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["resolvent", "mamba2", "mamba3", "hybrid"])
+def test_rows_start_anew_in_float32_at_a_size_that_kernels_take(kind, device):
+    """Rows at different positions, of which one starts anew, have the losses and gradients of rows alone."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=128, num_layers=2, feed_forward_dim=128, head_dim=64, state_size=64)
+    options = {"attention_head_dim": 64} if kind == "hybrid" else {}
+    model = LanguageModel(ModelConfig(**{**sizes, **KINDS[kind], **options})).to(device)
+    ids = torch.randint(64, (3, 200), generator=torch.Generator().manual_seed(1)).to(device)
+    first = model(ids[:, :70]).state.detach()
+    before = model(ids[:, 70:100], state=model.restarted(first, torch.tensor([True, True, False], device=device)))
+
+    def run(rows: list[int], state) -> torch.Tensor:
+        loss = model(ids[rows, 100:], labels=ids[rows, 100:], state=state).loss
+        (loss * len(rows) / 3).backward()
+        return loss.detach()
+
+    state = before.state.detach()
+    found = run([0, 1, 2], model.restarted(state, torch.tensor([True, False, True], device=device)))
+    gradient = {name: value.clone() for name, value in gradients(model).items()}
+    model.zero_grad()
+    expected = run([1], None)
+    for row in (0, 2):
+        expected += run([row], state.select(torch.tensor([row], device=device)))
+    torch.testing.assert_close(found, expected / 3, rtol=1e-5, atol=0)
+    largest = max(value.abs().max().item() for value in gradients(model).values())
+    for name, value in gradients(model).items():
+        # Measured worst on a CPU: 6e-7 of the largest gradient. On a GPU products round to TF32, whose step is 2^-11.
+        tolerance = 2e-3 if device == "cuda" else 1e-5
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=tolerance * largest, msg=name)
 
 
 DOCUMENTS = replace(TOKENS, document_offsets=np.array([0, 90, 120, 155, 156, 300, 460, 600]))
