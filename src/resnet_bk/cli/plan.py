@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resnet_bk.cli.arguments import run_config, run_parser
+from resnet_bk.errors import ConfigError
 
 DESCRIPTION = "Predict the peak memory of a training step, by part; with --gpu-memory, say which switch makes it fit."
 
@@ -17,7 +18,11 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--no-kernels", action="store_true", help="Plan for a GPU older than compute capability 8.0 (T4, V100)."
     )
+    parser.add_argument("--ranks", type=int, default=1, help="Processes that share the run; the plan is that of each.")
     parsed = parser.parse(arguments)
+    ranks = parsed.pop("ranks")
+    if ranks < 1:
+        raise ConfigError(f"--ranks is {ranks}; expected a whole number >= 1.")
     limit, on_cpu, kernels = parsed.pop("gpu_memory"), parsed.pop("cpu"), not parsed.pop("no_kernels")
     config = run_config(parser, parsed)
 
@@ -25,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
 
     available = None if limit is None else parse_bytes(limit)
     device = "cpu" if on_cpu else "cuda"
-    plan = plan_memory(config, device=device, kernels=kernels)
+    plan = plan_memory(config, device=device, kernels=kernels, ranks=ranks)
     print(plan.table())
     if available is None:
         return 0
@@ -33,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"fits into {limit}: {(available - plan.peak) / 1e9:,.3f} GB to spare")
         return 0
     print(f"does not fit into {limit}: {(plan.peak - available) / 1e9:,.3f} GB too much; each line adds a switch:")
-    for change, changed in suggestions(config, device=device, kernels=kernels):
+    for change, changed in suggestions(config, device=device, kernels=kernels, ranks=ranks):
         print(f"  {change:<68}{changed.peak / 1e9:>10,.3f} GB")
         if changed.peak <= available:
             print(f"fits into {limit} with these")

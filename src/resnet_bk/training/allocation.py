@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from resnet_bk.training.workspace import KEPT_MEMORIES, OTHER, WORKSPACES
 
 HOST = "host"
-"""Part of storages that lie elsewhere: they do not count."""
+"""Part of storages that lie in host memory: they do not count for the device."""
+NOWHERE = "nowhere"
+"""Part of storages that give shapes and do not exist: they do not count at all."""
 _ROUND = 512
 """PyTorch's allocator for GPUs hands out multiples of this."""
 
@@ -54,7 +56,7 @@ class Allocation(TorchDispatchMode):
                 self._now[owner] -= size
                 self._now[part] += size
                 self._owner[key] = part, size
-                if part == HOST:
+                if part in (HOST, NOWHERE):
                     self._total -= size
         self._look()
 
@@ -102,7 +104,7 @@ class Allocation(TorchDispatchMode):
     def _release(self, key: int) -> None:
         part, size = self._owner.pop(key)
         self._now[part] -= size
-        if part != HOST:
+        if part not in (HOST, NOWHERE):
             self._total -= size
 
 

@@ -7,11 +7,12 @@ of segments and blocks the bytes are linear.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,14 +25,17 @@ from resnet_bk.ops.dispatch import PlannedGPU, planning_for
 from resnet_bk.training.allocation import HOST, FusedNorm, autocast_as_on, without_memory
 from resnet_bk.training.config import MemoryConfig, RunConfig, TrainingConfig
 from resnet_bk.training.memory import apply_memory
+from resnet_bk.training.plan_shards import GATHERED, ShardsInFlight, sharded_bytes
 from resnet_bk.training.workspace import LOGITS, OTHER
 
-PARTS = ("weights", "gradients", "optimizer", "activations", LOGITS, OTHER)
+PARTS = ("weights", "gradients", "optimizer", GATHERED, "activations", LOGITS, OTHER)
 """Parts of the peak, in the order in which they are shown."""
 
 Device = Literal["cpu", "cuda"]
 # Blocks and segments of the runs that are extrapolated.
 _BLOCKS, _SEGMENTS = (2, 3), (3, 4)
+# Of a sharded model up to three blocks are on their way at once.
+_BLOCKS_SHARDED = (4, 5)
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,28 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = True) -> MemoryPlan:
-    """What one training step of `config` allocates at its peak.
+def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = True, ranks: int = 1) -> MemoryPlan:
+    """What one training step of `config` allocates at its peak, on each rank.
 
     Args:
         config: the run; `training.precision` auto is bfloat16 on a GPU and float32 on a CPU.
         device: where it is to run; the device need not be there.
         kernels: whether the GPU runs the Triton kernels (compute capability 8.0 or newer).
+        ranks: processes that share the run.
 
-    Not counted: what the CUDA context and its libraries take, fragmentation, and the published kernels of Mamba.
+    Not counted: what the CUDA context and its libraries take, fragmentation, buffers inside NCCL, what ranks of a
+    context exchange, and the published kernels of Mamba.
     """
-    model, training, memory = config.model, config.training, config.memory
+    model, memory = config.model, config.memory
+    training = _share(config.training, ranks, config.distributed.context_parallel)
+    sharded = ranks > 1 and config.distributed.strategy == "fsdp"
     tokens = training.batch_size * training.sequence_length
     segment = _segment_time(model, training, memory)
     segments = -(-training.sequence_length // segment)
     uniform = len(set(model.mixers)) == 1
-    blocks_seen = _BLOCKS if uniform and model.num_layers > _BLOCKS[-1] else (model.num_layers,)
+    blocks_seen = _BLOCKS_SHARDED if sharded else _BLOCKS
+    if not uniform or model.num_layers <= blocks_seen[-1]:
+        blocks_seen = (model.num_layers,)
     segments_seen = _SEGMENTS if segments > _SEGMENTS[-1] else (segments,)
     seen: dict[tuple[int, int], dict[str, Counter[str]]] = {}
     for blocks in blocks_seen:
@@ -84,56 +94,85 @@ def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = T
             pretended = replace(training, sequence_length=time)
             # The policy "auto" must not change its mind about a shorter input.
             chosen = replace(memory, recompute=_policy(memory, tokens))
-            seen[blocks, count] = _step(shape, pretended, chosen, config.adapters, device, kernels)
+            run = replace(config, model=shape, training=pretended, memory=chosen)
+            seen[blocks, count] = _step(run, device, kernels, ranks)
     phases = _extrapolate(seen, blocks_seen, segments_seen, model.num_layers, segments)
-    sizes = _trainable_sizes(model, config.adapters)
+    trained = [p for p in _model_on_meta(model, config.adapters).parameters() if p.requires_grad]
+    sizes = [sharded_bytes([p], ranks, 1) if sharded else p.numel() for p in trained]
     moments, host_moments, scratch = _optimizer_bytes(sizes, memory, device)
-    weights = phases["backward, late"]["weights"]
-    phases["update"] = Counter({"weights": weights, "gradients": 4 * sum(sizes), OTHER: scratch})
-    found = max(phases, key=lambda phase: sum(n for part, n in phases[phase].items() if part != HOST))
+    updated = Counter({"weights": phases["backward, late"]["weights"], "gradients": 4 * sum(sizes), OTHER: scratch})
+    if sharded and config.distributed.cpu_offload and device == "cuda":
+        moments, host_moments = 0, moments
+        updated = Counter({HOST: 8 * sum(sizes)})
+    phases["update"] = updated
+    found = max(phases, key=lambda phase: sum(phases[phase][part] for part in PARTS))
     parts = {part: phases[found][part] for part in PARTS} | {"optimizer": moments}
     host = max(phases[phase][HOST] for phase in phases) + host_moments
     return MemoryPlan(parts, found, host)
 
 
 def suggestions(
-    config: RunConfig, *, device: Device = "cuda", kernels: bool = True
+    config: RunConfig, *, device: Device = "cuda", kernels: bool = True, ranks: int = 1
 ) -> Iterator[tuple[str, MemoryPlan]]:
     """Changes of `config` and their plans, the cheapest in time first, each planned when it is asked for.
 
-    Each change adds to those before it; none changes what is computed beyond rounding, but for 8-bit moments.
+    Each change adds to those before it; none changes what is computed beyond rounding, but for 8-bit moments. A change
+    that does not lower the peak of those before it is left out.
     """
+    least = math.inf
+    for change in _CHANGES:
+        while (proposed := change(config, ranks)) is not None:
+            name, changed = proposed
+            plan = plan_memory(changed, device=device, kernels=kernels, ranks=ranks)
+            if plan.peak >= least:
+                break
+            config, least = changed, plan.peak
+            yield name, plan
+
+
+def _recompute_blocks(config: RunConfig, ranks: int) -> tuple[str, RunConfig] | None:
+    share = _share(config.training, ranks, config.distributed.context_parallel)
+    if _policy(config.memory, share.batch_size * share.sequence_length) != "none":
+        return None
+    return "--memory.recompute block", replace(config, memory=replace(config.memory, recompute="block"))
+
+
+def _halve(config: RunConfig, ranks: int) -> tuple[str, RunConfig] | None:
     training = config.training
-    tokens = training.batch_size * training.sequence_length
-    if _policy(config.memory, tokens) == "none":
-        config = replace(config, memory=replace(config.memory, recompute="block"))
-        yield "--memory.recompute block", plan_memory(config, device=device, kernels=kernels)
+    batch, passes = training.batch_size // 2, 2 * training.gradient_accumulation_steps
     # Rows that continue each other are not the same rows any more in batches of another shape.
-    while config.training.carry == "none" and config.training.batch_size % 2 == 0:
-        training = config.training
-        half = replace(
-            training,
-            batch_size=training.batch_size // 2,
-            gradient_accumulation_steps=2 * training.gradient_accumulation_steps,
-        )
-        config = replace(config, training=half)
-        yield (
-            f"--training.batch_size {half.batch_size} "
-            f"--training.gradient_accumulation_steps {half.gradient_accumulation_steps}",
-            plan_memory(config, device=device, kernels=kernels),
-        )
-    steps: list[tuple[str, dict[str, object]]] = [
-        ("--memory.segment_tokens 2048", {"segment_tokens": 2048}),
-        ("--memory.recompute segment", {"recompute": "segment", "offload_activations": False}),
-        ("--memory.optimizer 8bit", {"optimizer": "8bit"}),
-        ("--memory.optimizer offload", {"optimizer": "offload"}),
-    ]
-    for name, change in steps:
-        changed = replace(config.memory, **change)  # type: ignore[arg-type]
-        if changed.segment_tokens > config.memory.segment_tokens or changed == config.memory:
-            continue
-        config = replace(config, memory=changed)
-        yield name, plan_memory(config, device=device, kernels=kernels)
+    if training.carry != "none" or training.batch_size % 2:
+        return None
+    name = f"--training.batch_size {batch} --training.gradient_accumulation_steps {passes}"
+    half = replace(training, batch_size=batch, gradient_accumulation_steps=passes)
+    return name, replace(config, training=half)
+
+
+def _set(section: str, fields: dict[str, Any], config: RunConfig, ranks: int) -> tuple[str, RunConfig] | None:
+    """A switch and `config` with it; None where it is set already, makes no sense or cannot be."""
+    sharded = ranks > 1 and config.distributed.strategy == "fsdp"
+    if section == "distributed" and (ranks == 1 or config.adapters.base or config.memory.optimizer != "fused"):
+        return None
+    if ("optimizer" in fields and sharded) or ("cpu_offload" in fields and not sharded):
+        return None
+    before = getattr(config, section)
+    changed = replace(before, **fields)
+    if changed == before or (section == "memory" and changed.segment_tokens > before.segment_tokens):
+        return None
+    name, value = next((name, value) for name, value in fields.items() if getattr(before, name) != value)
+    return f"--{section}.{name} {str(value).lower()}", replace(config, **{section: changed})
+
+
+_CHANGES: tuple[Callable[[RunConfig, int], tuple[str, RunConfig] | None], ...] = (
+    _recompute_blocks,
+    _halve,
+    partial(_set, "memory", {"segment_tokens": 2048}),
+    partial(_set, "memory", {"recompute": "segment", "offload_activations": False}),
+    partial(_set, "distributed", {"strategy": "fsdp", "reshard_after_forward": True}),
+    partial(_set, "distributed", {"cpu_offload": True}),
+    partial(_set, "memory", {"optimizer": "8bit"}),
+    partial(_set, "memory", {"optimizer": "offload"}),
+)
 
 
 def parse_bytes(text: str) -> int:
@@ -179,34 +218,58 @@ def _model_on_meta(config: ModelConfig, adapters: AdapterConfig) -> LanguageMode
     return model
 
 
-def _trainable_sizes(config: ModelConfig, adapters: AdapterConfig) -> list[int]:
-    return [parameter.numel() for parameter in _model_on_meta(config, adapters).parameters() if parameter.requires_grad]
+def _share(training: TrainingConfig, ranks: int, together: int) -> TrainingConfig:
+    """What one rank computes of a step, as `distributed.share_out` deals it out."""
+    together = min(together, ranks)
+    dealt = math.gcd(training.gradient_accumulation_steps, ranks // together) if training.carry == "none" else 1
+    sharers = ranks // together // dealt
+    if ranks % together or training.batch_size % sharers:
+        raise ConfigError(
+            f"{ranks} ranks cannot share {training.gradient_accumulation_steps} batches of {training.batch_size} rows "
+            f"evenly, {together} to a row; see training.gradient_accumulation_steps and training.batch_size."
+        )
+    return replace(
+        training,
+        batch_size=training.batch_size // sharers,
+        gradient_accumulation_steps=training.gradient_accumulation_steps // dealt,
+        sequence_length=max(2, -(-training.sequence_length // together)),
+    )
 
 
-def _step(
-    config: ModelConfig,
-    training: TrainingConfig,
-    memory: MemoryConfig,
-    adapters: AdapterConfig,
-    device: Device,
-    kernels: bool,
-) -> dict[str, Counter[str]]:
-    """Bytes by part at the peak of every phase of one forward and backward pass."""
-    model = _model_on_meta(config, adapters)
+def _step(config: RunConfig, device: Device, kernels: bool, ranks: int) -> dict[str, Counter[str]]:
+    """Bytes by part at the peak of every phase of one forward and backward pass of one rank.
+
+    Args:
+        config: of the rank's own share of a step.
+        device: where it is to run.
+        kernels: whether that runs the Triton kernels.
+        ranks: how many there are.
+    """
+    training, memory, distributed = config.training, config.memory, config.distributed
+    model = _model_on_meta(config.model, config.adapters)
+    sharded = ranks > 1 and distributed.strategy == "fsdp"
+    together = training.gradient_accumulation_steps if training.carry == "exact" else 1
+    several = training.gradient_accumulation_steps > together
+    # DDP keeps its buckets of gradients from step to step.
+    keeps_gradients = several or (ranks > 1 and not sharded)
+    gathered = torch.bfloat16 if sharded and distributed.gather_dtype == "bfloat16" else torch.float32
     gpu = PlannedGPU(kernels) if device == "cuda" else None
     phases: dict[str, Counter[str]] = {}
     with planning_for(gpu), without_memory() as allocation:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
+                values = torch.empty(parameter.shape, dtype=gathered)
+                setattr(module, name, nn.Parameter(values, parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             if gpu is not None and isinstance(module, nn.RMSNorm):
                 module.forward = partial(_fused_norm, module)
+        flight = None
+        if sharded:
+            flight = ShardsInFlight(model, distributed, ranks, accumulating=several, allocation=allocation)
         allocation.claim([*model.parameters(), *model.buffers()], "weights")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        together = training.gradient_accumulation_steps if training.carry == "exact" else 1
-        if training.gradient_accumulation_steps > together:
+        if keeps_gradients:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
                 allocation.claim([parameter.grad], "gradients")
@@ -236,7 +299,12 @@ def _step(
         with autocast_as_on("cpu", precision), hooks:
             loss = _loss_of(model, ids, together)
         end("forward")
-        loss.backward()
+        if flight is None:
+            loss.backward()
+        else:
+            flight.start_backward()
+            loss.backward()
+            flight.finish()
         end("backward, late")
     phases.setdefault("backward, early", phases["backward, late"])
     return phases
