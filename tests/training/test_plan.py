@@ -186,7 +186,7 @@ def test_prediction_for_each_of_two_ranks(tmp_path):
         for part in ("weights", "optimizer"):
             # Counted in the 512 bytes that allocators round to.
             assert plan.parts[part] == pytest.approx(row[part], abs=40_000), (row["case"], part)
-        # Measured worst: 5 % (bfloat16).
+        # Measured worst: 3 % (accumulation).
         assert abs(plan.peak - row["peak"]) < TOLERANCE * row["peak"], (row["case"], plan.peak, row["peak"])
     assert len((tmp_path / "rows").read_text().splitlines()) == len(cases)
 
