@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ class _Table:
         self.size = size
         self.barrier = Barrier(size, timeout=60)
         self.parts: list[Any] = [None] * size
+        # One rank at a time: neither Triton's interpreter nor its compiler expects several threads.
+        self.turn = Lock()
+
+    def wait(self) -> None:
+        """Let the others run until all of them wait."""
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 class ThreadRank:
@@ -28,9 +38,9 @@ class ThreadRank:
         table = self._table
         self.gathered.append(part.detach().clone())
         table.parts[self.rank] = self.gathered[-1]
-        table.barrier.wait()
+        table.wait()
         gathered = torch.stack(table.parts)
-        table.barrier.wait()
+        table.wait()
         return gathered
 
 
@@ -40,7 +50,9 @@ def on_threads(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
 
     def run(rank: int) -> Any:
         try:
-            return work(ThreadRank(table, rank))
+            # Backward passes stay on their rank's thread on a GPU too, where one thread would wait for itself.
+            with table.turn, torch.autograd.set_multithreading_enabled(False):
+                return work(ThreadRank(table, rank))
         except BaseException:
             table.barrier.abort()
             raise

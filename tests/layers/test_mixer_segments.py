@@ -8,6 +8,7 @@ import pytest
 import torch
 from rank_threads import on_threads
 
+from resnet_bk import ops
 from resnet_bk.errors import ShapeError
 from resnet_bk.layers.mixer import Mixer, MixerState
 from resnet_bk.models.config import ModelConfig
@@ -36,9 +37,8 @@ every_option = pytest.mark.parametrize(
 
 def build(options, dtype=torch.float64):
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=11, d_model=12, num_layers=1, feed_forward_dim=8, head_dim=6, state_size=8, **options
-    )
+    sizes = dict(vocab_size=11, d_model=12, num_layers=1, feed_forward_dim=8, head_dim=6, state_size=8)
+    config = ModelConfig(**(sizes | options))
     mixer = Mixer(config).to(dtype)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -96,7 +96,7 @@ def run(mixer, u, state, weights, group=None, lengths=None):
 def problem(mixer, started, batch=2, time=123):
     torch.manual_seed(1)
     dtype = mixer.skip.dtype
-    u = torch.randn(batch, time, 12, dtype=dtype).requires_grad_()
+    u = torch.randn(batch, time, mixer.config.d_model, dtype=dtype).requires_grad_()
     state = start_of(mixer, batch) if started else None
     with torch.no_grad():
         out, after = mixer(u, state)
@@ -131,14 +131,75 @@ def test_float32_segments_are_as_exact_as_a_float32_whole():
     single = run(narrow, u, None, weights)
     lengths = [400, 30, 570]
     ranks = on_threads(3, lambda group: run(narrow, u, None, weights, group, lengths))
-    shared = [torch.cat([rank[0] for rank in ranks], 1), torch.cat([rank[2] for rank in ranks], 1)]
-    shared += [sum(found) for found in zip(*(rank[3] for rank in ranks), strict=True)]
-    for found, one, exact in zip(
-        shared, [single[0], single[2], *single[3]], [truth[0], truth[2], *truth[3]], strict=True
-    ):
+    for found, one, exact in zip(joined(ranks), joined([single]), joined([truth]), strict=True):
         scale = exact.abs().max()
         # Measured at most 1.6 times the error of the single run (1.6e-5).
         assert (found - exact).abs().max() <= 3 * (one - exact).abs().max() + 2e-6 * scale
+
+
+def joined(ranks):
+    """Output, gradient of the input and those of the parameters, of all ranks together."""
+    gradients = [sum(found) for found in zip(*(rank[3] for rank in ranks), strict=True)]
+    return [torch.cat([rank[0] for rank in ranks], 1), torch.cat([rank[2] for rank in ranks], 1), *gradients]
+
+
+TILED = dict(d_model=32, head_dim=16, state_size=32)
+"""Sizes that the kernels of the mixing know."""
+
+
+def relative(found, exact):
+    """Errors of tensors against exact ones, each relative to the exact one's norm."""
+    pairs = zip(found, exact, strict=True)
+    return [((x.double().cpu() - y.cpu()).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(dict(source="free", boundary="wall"), marks=pytest.mark.slow)], ids=["default", "wall"]
+)
+def test_kernels_of_segments_equal_the_whole(options, monkeypatch):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    wide, narrow = build(TILED | options), build(TILED | options, torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    u, _, weights = problem(narrow, False, time=84)
+    truth = run(wide, u.detach().double().requires_grad_(), None, [w.double() for w in weights])
+    single = relative(joined([run(narrow, u, None, weights)]), joined([truth]))
+    chosen = []
+
+    def kernels(backend, operand, **_):
+        chosen.append(operand.shape)
+        return "triton" if backend == "auto" and operand.dtype == torch.float32 else backend
+
+    # The interpreter is never chosen by itself.
+    for module in (ops.resolvent, ops.semiseparable, ops.context.moebius):
+        monkeypatch.setattr(module, "choose_backend", kernels)
+    ranks = on_threads(3, lambda group: run(narrow, u, None, weights, group, [17, 1, 66]))
+    assert len(chosen) >= 3 * 4  # gates, mixing, composition, its adjoint: on every rank
+    for shared, alone in zip(relative(joined(ranks), joined([truth])), single, strict=True):
+        assert shared <= 3 * alone + 2e-6  # measured at most 2.4 times, and 4e-5 as for the single run
+    for found, exact in zip(floats(ranks[-1][1]), floats(truth[1]), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_on_a_gpu_are_as_exact_as_a_whole(dtype):
+    sizes = dict(d_model=128, head_dim=64, state_size=128)
+    wide, narrow = build(sizes), build(sizes, torch.float32).cuda()
+    narrow.load_state_dict(wide.state_dict())
+    u, _, weights = problem(wide, False, batch=2, time=3000)
+    truth = run(wide, u, None, weights)
+    u, *weights = (x.detach().float().cuda() for x in (u, *weights))
+
+    def found(group=None, lengths=None):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return run(narrow, u.requires_grad_(), None, weights, group, lengths)
+
+    single = relative(joined([found()]), joined([truth]))
+    for lengths in ([1600, 1400], [17, 2047, 936]):
+        ranks = on_threads(len(lengths), lambda group, lengths=lengths: found(group, lengths))
+        floor = 1e-4 if dtype == torch.float32 else 3e-2
+        for shared, alone in zip(relative(joined(ranks), joined([truth])), single, strict=True):
+            assert shared <= 2 * alone + floor
 
 
 def test_without_gradients_one_token_a_rank():

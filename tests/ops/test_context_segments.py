@@ -13,6 +13,7 @@ from resnet_bk.ops.resolvent import GreenState, causal_resolvent
 from resnet_bk.ops.semiseparable import rotary_frequencies, semiseparable_mix
 from resnet_bk.ops.semiseparable.rotation import rotate_memory
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 3, 63, 64, 65, 1000]
 
 
@@ -46,6 +47,19 @@ def test_composed_map_is_the_sweep(time):
     # Measured 7e-15 and 3e-13.
     torch.testing.assert_close(whole(first), sites[:, -1], rtol=1e-12, atol=0)
     torch.testing.assert_close(whole.derivative(first), sites.square().prod(1), rtol=1e-11, atol=1e-300)
+
+
+@pytest.mark.parametrize("time, spread", [(1, 1.0), (15, 1.0), (17, 30.0), (64, 1e-3), (130, 1.0)])
+def test_kernel_composes_the_same_map(time, spread):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    detuning, absorption, first = medium(time, spread=spread)
+    sites = detuning.float().to(DEVICE), absorption.float().to(DEVICE)
+    whole = compose_sites(*sites, backend="chunked")
+    found = compose_sites(*sites, backend="triton")
+    first = first.to(DEVICE)
+    # Measured 2e-14 and 1e-13.
+    torch.testing.assert_close(found(first), whole(first), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.derivative(first), whole.derivative(first), rtol=1e-11, atol=1e-300)
 
 
 def test_packed_map_is_the_map():
@@ -171,3 +185,25 @@ def test_low_precision_tokens_are_summed_in_float32():
     assert found.dtype == torch.float32
     # Measured 7e-8 of the largest; products in bfloat16 would be wrong by 4e-3.
     assert (found - expected).abs().max() < 5e-7 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", [70, 16384, 40001])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_memory_and_gradients_on_a_gpu(time, dtype, bound):
+    key, value, log_decay, source, bias = tokens(time, state=64, width=32)
+    weight, frequencies = weights(log_decay, source), rotary_frequencies(64, 100.0)
+    key, value = key.to(dtype), value.to(dtype)
+    cotangent = torch.randn(2, 3, 64, 32, dtype=torch.float64)
+
+    def found(device, wide, inputs):
+        inputs = [x.detach().to(device).requires_grad_() for x in inputs]
+        k, x, w, b = inputs
+        memory = segment_memory(k, x, w, key_bias=b, frequencies=frequencies.to(device), norm_epsilon=1e-5)
+        assert memory.dtype == wide
+        return [memory, *torch.autograd.grad(memory, inputs, cotangent.to(device, wide))]
+
+    narrow = found("cuda", torch.float32, (key, value, weight.float(), bias.float()))
+    exact = found("cpu", torch.float64, (key.double(), value.double(), weight, bias))
+    for name, one, truth in zip(("memory", "key", "value", "weight", "bias"), narrow, exact, strict=True):
+        assert (one.double().cpu() - truth).norm() < bound * truth.norm(), name

@@ -398,7 +398,12 @@ class Mixer(nn.Module):
         Arguments are the raw projections a, e and s, empty where unused; gates are float32 whatever the model's dtype.
         """
         config = self.config
-        if self._fused_gates and segment is None:
+        if self._fused_gates:
+            first = self._initial_green(state)
+            if segment is not None:
+                delta, per_site = self.medium(potential, absorption)
+                first = self.lead(delta.dtype) if first is None else first
+                first = entering_green(delta, per_site, segment, first=first)
             (log_decay, unit), green = flux_gates(
                 potential,
                 absorption,
@@ -409,7 +414,7 @@ class Mixer(nn.Module):
                 absorption_floor=config.absorption_floor,
                 source_bias=None if config.source == "unit" else self.source_bias,
                 source_kind=config.source,
-                initial=self._initial_green(state),
+                initial=first,
                 cu_seqlens=cu_seqlens,
             )
             return Gates(log_decay, unit), green, None, None

@@ -198,8 +198,9 @@ def entering_memory(
     """
     dtype = compute_dtype(value, log_decay)
     # Differences of sums over a whole segment: in float64, which costs nothing beside the channels.
-    total = log_decay.double().cumsum(1)
-    weight = (total[:, -1:] - total).exp().to(dtype)
+    # Time comes last, because a GPU sums along other dimensions one token after the other.
+    total = log_decay.double().transpose(1, 2).contiguous().cumsum(2)
+    weight = (total[..., -1:] - total).exp().to(dtype).transpose(1, 2)
     if source is not None:
         weight = weight * source.to(dtype)
     memory = segment_memory(key, value, weight, key_bias=key_bias, frequencies=frequencies, norm_epsilon=norm_epsilon)
@@ -207,7 +208,7 @@ def entering_memory(
         first = MixState(torch.zeros_like(memory), torch.zeros(value.shape[0], dtype=torch.long, device=value.device))
     start = first.position + segment.offset
     memory = rotate_memory(memory, start, frequencies)
-    entering = _EnteringAffine.apply(memory, total[:, -1].to(dtype), first.memory.to(dtype), segment.group)
+    entering = _EnteringAffine.apply(memory, total[..., -1].to(dtype), first.memory.to(dtype), segment.group)
     return MixState(entering, start)  # type: ignore[arg-type]
 
 

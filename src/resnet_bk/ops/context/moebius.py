@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from resnet_bk.ops.dispatch import Backend, choose_backend, compute_dtype
+
 # Sites whose matrices exist at one time, 64 bytes each before the first halving.
 _BLOCK_SITES = 8192
 
@@ -52,22 +54,45 @@ class MoebiusMap(NamedTuple):
 
 
 def compose_sites(
-    detuning: Float[Tensor, "batch time heads"], absorption: Float[Tensor, "batch time heads"]
+    detuning: Float[Tensor, "batch time heads"],
+    absorption: Float[Tensor, "batch time heads"],
+    *,
+    backend: Backend = "auto",
 ) -> MoebiusMap:
     """The Moebius map [batch, heads] of a segment of sites.
 
     One site is ((0, 1), (-1, detuning - i absorption)); products are taken pairwise in a tree and divided by their
     largest entry at every level, so that no site up to |detuning| 1e15 overflows.
 
+    Args:
+        detuning: as in `causal_resolvent`.
+        absorption: the same.
+        backend: "triton" composes stretches of sites by a kernel and only their maps in a tree; others all in the tree.
+
     Cost: O(batch * time * heads) work in log2(time) steps; memory of a few thousand sites.
     Source: MATH theorem 6: composing and carrying in float64 whatever the precision of the sites.
     """
+    sites = [part.to(compute_dtype(detuning, absorption)) for part in (detuning, absorption)]
+    if choose_backend(backend, sites[0]) == "triton":
+        return _compose_by_kernel(*sites)
     whole: MoebiusMap | None = None
     for delta, eta in zip(detuning.split(_BLOCK_SITES, 1), absorption.split(_BLOCK_SITES, 1), strict=True):
         block = _compose_block(torch.complex(delta.double(), -eta.double()))
         whole = block if whole is None else block.after(whole)
     assert whole is not None  # split yields at least one piece
     return whole
+
+
+def _compose_by_kernel(detuning: Tensor, absorption: Tensor) -> MoebiusMap:
+    """The map of float32 sites [batch, time, heads]."""
+    from resnet_bk.ops.resolvent.kernels import moebius_maps_op
+
+    rows = detuning.shape[0]
+    maps, log_scale = moebius_maps_op(detuning.flatten(0, 1), absorption.flatten(0, 1), rows)
+    # [column, row, part]; the columns come as (b, d), (a, c).
+    columns = maps.unflatten(1, (2, 2, 2)).flip(1)
+    entries = torch.view_as_complex(columns.permute(2, 1, 0, 4, 3).contiguous())
+    return _compose_maps(_rescaled(entries.unflatten(2, (rows, -1)), log_scale.unflatten(0, (rows, -1))))
 
 
 def _compose_block(alpha: Tensor) -> MoebiusMap:
@@ -80,7 +105,11 @@ def _compose_block(alpha: Tensor) -> MoebiusMap:
         last = alpha[:, even:]
         single = _matrix(torch.zeros_like(last), torch.ones_like(last), -torch.ones_like(last), last)
         entries = torch.cat((entries, single), dim=3)
-    maps = _rescaled(entries, alpha.real.new_zeros(entries.shape[2:]))
+    return _compose_maps(_rescaled(entries, alpha.real.new_zeros(entries.shape[2:])))
+
+
+def _compose_maps(maps: MoebiusMap) -> MoebiusMap:
+    """The map of all the segments [batch, segments, heads], one after the other."""
     while (count := maps.entries.shape[3]) > 1:
         even = count // 2 * 2
         products = _part(maps, slice(1, even, 2)).after(_part(maps, slice(0, even, 2)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_bk.ops.resolvent.launch import Layout, Medium, adjoint, forward
-from resnet_bk.ops.resolvent.self_check import verify_flux_gates, verify_resolvent
+from resnet_bk.ops.resolvent.launch import Layout, Medium, adjoint, compose, forward
+from resnet_bk.ops.resolvent.self_check import verify_flux_gates, verify_maps, verify_resolvent
 
 
 @torch.library.custom_op("resnet_bk::flux_gates_triton", mutates_args=())
@@ -98,6 +98,18 @@ def causal_resolvent_adjoint_op(
     return d_detuning, d_absorption, d_real, d_imag
 
 
+@torch.library.custom_op("resnet_bk::moebius_maps_triton", mutates_args=())
+def moebius_maps_op(detuning: Tensor, absorption: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Moebius maps of stretches of sites [tokens, heads], in the order of the sites; no gradients.
+
+    Returns float64 entries (b, d, a, c) as real and imaginary parts [stretches, 8, heads], m -> (a m + b) / (c m + d),
+    and the logs of what they were divided by [stretches, heads]; every row has equally many stretches.
+    """
+    verify_maps(detuning.device)
+    medium = Medium("plain", _dense(detuning), _dense(absorption))
+    return compose(medium, layout(detuning, rows, None))
+
+
 def layout(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Layout:
     """How operands [tokens, heads] of so many rows are cut into slots."""
     bounds = None if cu_seqlens is None else cu_seqlens.to(x.device).contiguous()
@@ -155,6 +167,13 @@ def _(detuning, absorption, initial_real, initial_imag, cu_seqlens):
 def _(m_real, m_imag, initial_real, initial_imag, grad_real, grad_imag, cu_seqlens):
     shapes = [m_real.shape] * 2 + [initial_real.shape] * 2
     return tuple(m_real.new_empty(shape) for shape in shapes)
+
+
+@moebius_maps_op.register_fake
+def _(detuning, absorption, rows):
+    slots, heads = layout(detuning, rows, None).slots, detuning.shape[1]
+    maps = detuning.new_empty((slots, 8, heads), dtype=torch.float64)
+    return maps, maps.new_empty(slots, heads)
 
 
 def _save_gates(ctx, inputs, output) -> None:

@@ -129,11 +129,23 @@ def forward(medium: Medium, layout: Layout, save: bool) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(like):
         if layout.carries:
             maps = like.new_empty((layout.slots, 8, layout.heads), dtype=torch.float64)
-            passes.compose_kernel[layout.grid](maps, **medium.arguments("detuning", "absorption", "scale"), **place)
+            passes.compose_kernel[layout.grid](
+                maps, None, **medium.arguments("detuning", "absorption", "scale"), **place
+            )
             carried = layout.carry(passes.carry_kernel, maps, 4)
         operands = medium.arguments("detuning", "absorption", "source", "scale", "source_bias")
         passes.apply_kernel[layout.grid](*gates, *m, *state, carried, **operands, **place, SAVE=save)
     return tuple(x for x in (*gates, *state, *m) if x is not None)
+
+
+def compose(medium: Medium, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Moebius maps of the slots' sites alone [slots, 8, heads], and the logs of what their entries were divided by."""
+    maps = medium.detuning.new_empty((layout.slots, 8, layout.heads), dtype=torch.float64)
+    log_scale = maps.new_empty(layout.slots, layout.heads)
+    operands = medium.arguments("detuning", "absorption", "scale")
+    with torch.cuda.device_of(maps):
+        passes.compose_kernel[layout.grid](maps, log_scale, **operands, **layout.arguments())
+    return maps, log_scale
 
 
 def adjoint(

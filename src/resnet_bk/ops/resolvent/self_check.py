@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_bk.ops.dispatch import verify_once
 from resnet_bk.ops.resolvent import GreenState, causal_resolvent, flux_gates
-from resnet_bk.ops.resolvent.launch import Layout, Medium, adjoint, forward
+from resnet_bk.ops.resolvent.launch import Layout, Medium, adjoint, compose, forward
 
 # Relative root-mean-square error allowed, by the dtype of the result.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -93,6 +93,31 @@ def verify_resolvent(device: torch.device, packed: bool) -> None:
         return _errors(names, (*m, d_delta, d_eta, *d_first), (*truth, *exact))
 
     verify_once("causal_resolvent", (device, packed), measure)
+
+
+def verify_maps(device: torch.device) -> None:
+    """Check the composed maps of stretches of sites on their first use; raises `BackendError` if they are wrong."""
+
+    def measure() -> dict[str, tuple[float, float]]:
+        delta, eta = _random(torch.Generator().manual_seed(0), *[(_TOKENS, _HEADS)] * 2)
+        eta.abs_().add_(0.05)
+        _, truth = causal_resolvent(
+            _batch(delta.double(), False), _batch(eta.double(), False), backend="reference"
+        )  # from a wall
+        maps, log_scale = compose(
+            Medium("plain", delta.to(device), eta.to(device)), Layout(_TOKENS, _HEADS, _ROWS, None)
+        )
+        parts = maps.cpu().unflatten(0, (_ROWS, -1)).unflatten(2, (4, 2))
+        b, d, a, c = torch.complex(parts[..., 0, :], parts[..., 1, :]).unbind(2)
+        m = torch.zeros_like(b[:, 0])
+        for stretch in range(b.shape[1]):
+            m = (a[:, stretch] * m + b[:, stretch]) / (c[:, stretch] * m + d[:, stretch])
+        # Sites have determinant 1; a difference of products keeps some digits of it over so few.
+        scale = torch.exp(-2 * log_scale.cpu()).unflatten(0, (_ROWS, -1))
+        pairs = {"m": (m, torch.complex(*truth), 1e-10), "determinant": (a * d - b * c, scale, 1e-6)}
+        return {name: (((x - y).norm() / y.norm()).item(), bound) for name, (x, y, bound) in pairs.items()}
+
+    verify_once("moebius_maps", device, measure)
 
 
 def _random(generator: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -298,17 +298,28 @@ def _composed(before, after):
     )  # fmt: skip
 
 
+@triton.jit
+def _log_of(x):
+    """Natural logarithm of a power of two."""
+    return ((x.to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.float64) * 0.6931471805599453
+
+
 @_kernel
 def compose_kernel(
-    maps, detuning, absorption, detuning_stride, absorption_stride, scale, energy, bias, floor,
+    maps, log_scale, detuning, absorption, detuning_stride, absorption_stride, scale, energy, bias, floor,
     initial_real, initial_imag, initial_stride, cu_seqlens, rows, row_length, search, chunk, slots, heads,
     KIND: tl.constexpr, LEAD: tl.constexpr, PACKED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Moebius map of every slot in float64; of a row's first slot the constant map to its last m."""
+    """Moebius map of every slot in float64; of a row's first slot the constant map to its last m.
+
+    With a `log_scale` maps of the sites alone, and the logs of what their entries were divided by.
+    """
     slot, head, row, start, sites, first, _ = _place(
         cu_seqlens, rows, row_length, search, chunk, slots, heads, PACKED, LANES
     )
     live = slot < slots
+    if log_scale is not None:
+        first = slot < 0  # no row begins: every map is that of its sites
     scale = _head_parameter(scale, head, live, KIND)
     energy = _head_parameter(energy, head, live, KIND)
     bias = _head_parameter(bias, head, live, KIND)
@@ -321,8 +332,9 @@ def compose_kernel(
     )  # fmt: skip
     detuning = _at(detuning, start, detuning_stride, head)
     absorption = _at(absorption, start, absorption_stride, head)
+    divided = zero
     for t in range(0, tl.max(sites, 0), _SITES):
-        # Sites past the end of a row change a map that nothing reads: the next slot begins a row.
+        # Sites past the end of a row change a map that, without scales, nothing reads: the next slot begins a row.
         a = _tile(detuning, t, detuning_stride, sites - t, 0.0)
         e = _tile(absorption, t, absorption_stride, sites - t, 1.0)
         for j in tl.static_range(_SITES):
@@ -330,8 +342,20 @@ def compose_kernel(
             delta, eta = delta.to(tl.float64), eta.to(tl.float64)
             one = _advance(state[0], state[1], state[2], state[3], delta, eta)
             two = _advance(state[4], state[5], state[6], state[7], delta, eta)
-            state = (one[0], one[1], one[2], one[3], two[0], two[1], two[2], two[3])
+            if log_scale is None:
+                state = (one[0], one[1], one[2], one[3], two[0], two[1], two[2], two[3])
+            else:
+                inside = t + j < sites
+                state = (
+                    tl.where(inside, one[0], state[0]), tl.where(inside, one[1], state[1]),
+                    tl.where(inside, one[2], state[2]), tl.where(inside, one[3], state[3]),
+                    tl.where(inside, two[0], state[4]), tl.where(inside, two[1], state[5]),
+                    tl.where(inside, two[2], state[6]), tl.where(inside, two[3], state[7]),
+                )  # fmt: skip
+        divided -= _log_of(_scale_of(state[2], state[3]))
         state = _rescaled(state)
+    if log_scale is not None:
+        tl.store(log_scale + slot.to(tl.int64) * heads + head, divided, mask=live)
     empty = sites == 0
     _store_map(
         maps, slot, heads, head, live,
