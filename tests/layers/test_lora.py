@@ -102,3 +102,22 @@ def test_an_adapted_model_learns_with_its_matrices_untouched():
     assert loss.item() < start - 0.1
     assert all(torch.equal(m.codes, before) for m, before in zip(adapted, codes, strict=True))
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+def test_a_gpu_packs_and_multiplies_as_a_cpu_does():
+    torch.manual_seed(0)
+    layers = [AdaptedLinear(256, 128, rank=4, device=device) for device in ("cpu", "cuda")]
+    weight, x = torch.randn(128, 256), torch.randn(3, 256)
+    layers[1].load_state_dict(layers[0].state_dict())
+    found = []
+    for layer in layers:
+        device = layer.codes.device
+        layer.pack(weight.to(device))
+        leaf = x.to(device).requires_grad_()
+        layer(leaf).square().sum().backward()
+        found.append([layer.codes, layer.scales, leaf.grad, layer.adapter_out.grad])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        # Float32 sums of 256 products in another order.
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-3)

@@ -105,7 +105,8 @@ class StabilityMonitor(Callback):
         self._row = None
         if (trainer.step + 1) % self.config.every == 0:
             self._row = {"kind": "stability", **row, "layers": self._media(trainer)}
-            self._before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+            trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+            self._before = {name: p.detach().clone() for name, p in trained.items()}
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Write the row that is due."""
@@ -196,6 +197,8 @@ def update_ratios(model: Any, before: dict[str, Tensor]) -> dict[str, float]:
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parameter in model.named_parameters():
+        if name not in before:  # frozen
+            continue
         pieces = name.split(".")
         part = ".".join(pieces[:3] if pieces[0] == "blocks" else pieces[:1])
         old = before[name]

@@ -49,7 +49,7 @@ class Snapshot:
                 f"stability.snapshot_every needs the state of {type(trainer.optimizer).__name__} in optimizer.state, "
                 "where there is none; set it to 0 and go back to checkpoints."
             )
-        parameters = list(trainer.model.parameters())
+        parameters = _trained(trainer)
         return cls(
             trainer.step,
             [_copied(parameter) for parameter in parameters],
@@ -63,8 +63,7 @@ class Snapshot:
         """Put the run back to this state, in place; the snapshot can be used again."""
         trainer.load_run_state(json.loads(self.run))
         trainer.carry.state = None if self.carried is None else self.carried.map(lambda x: x.to(trainer.device))
-        parameters = trainer.model.parameters()
-        for parameter, saved, held in zip(parameters, self.parameters, self.optimizer, strict=True):
+        for parameter, saved, held in zip(_trained(trainer), self.parameters, self.optimizer, strict=True):
             _local(parameter).copy_(saved)
             if not held:
                 trainer.optimizer.state.pop(parameter, None)
@@ -75,6 +74,11 @@ class Snapshot:
                     _local(state[name]).copy_(value)
                 else:
                     state[name] = value
+
+
+def _trained(trainer: Trainer) -> list[Tensor]:
+    """Parameters in order, without those that are frozen."""
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
 def _copied(value: Any) -> Any:
