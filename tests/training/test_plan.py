@@ -132,6 +132,24 @@ def test_prediction_for_a_gpu_is_near_what_was_measured_there(preset, batch, tim
 
 
 @pytest.mark.parametrize(
+    ("batch", "time", "distributed", "gigabytes"),
+    [
+        # Rows distributed#3 to #6 (two NVIDIA H200), measured before the plan knew of ranks.
+        (128, 2048, DistributedConfig(), 11.499),
+        pytest.param(
+            128, 2048, DistributedConfig("fsdp", reshard_after_forward=False), 10.693, marks=pytest.mark.slow
+        ),
+        pytest.param(128, 2048, DistributedConfig("fsdp"), 10.375, marks=pytest.mark.slow),
+        (1, 262144, DistributedConfig(context_parallel=2), 13.392),
+    ],
+)  # fmt: skip
+def test_prediction_for_two_gpus_is_near_what_was_measured_there(batch, time, distributed, gigabytes):
+    config = run_config("base", batch, time, MemoryConfig(recompute="block", segment_tokens=65536))
+    plan = plan_memory(replace(config, distributed=distributed), ranks=2)
+    assert abs(plan.peak / 1e9 - gigabytes) < 0.03 * gigabytes
+
+
+@pytest.mark.parametrize(
     "changes", [{"attention_every": 2, "attention_window": 64}, {"peierls_pairs": 2, "source": "free"}, {}]
 )
 def test_parts_add_up_and_states_of_the_optimizer_are_its_own(changes):

@@ -79,6 +79,11 @@ def plan_memory(config: RunConfig, *, device: Device = "cuda", kernels: bool = T
     training = _share(config.training, ranks, config.distributed.context_parallel)
     sharded = ranks > 1 and config.distributed.strategy == "fsdp"
     tokens = training.batch_size * training.sequence_length
+    if min(ranks, config.distributed.context_parallel) > 1:
+        # Ranks that share a sequence do not cut their own segments of it.
+        policy = _policy(memory, tokens)
+        whole = max(tokens, memory.segment_tokens)
+        memory = replace(memory, recompute="block" if policy == "segment" else policy, segment_tokens=whole)
     segment = _segment_time(model, training, memory)
     segments = -(-training.sequence_length // segment)
     uniform = len(set(model.mixers)) == 1
