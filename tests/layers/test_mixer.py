@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from resnet_bk.errors import DomainError
+from resnet_bk.errors import ConfigError, DomainError
 from resnet_bk.layers.mixer import Mixer
 from resnet_bk.layers.positional import PositionalPotential
 from resnet_bk.models.config import ModelConfig
@@ -268,3 +268,16 @@ def test_nan_is_refused_where_it_enters_the_scan():
     u[0, 4] = torch.nan
     with pytest.raises(DomainError, match=r"absorption is nan at \[batch, time, head\] = \[0, 4, 0\]"):
         mixer(u)
+
+
+@pytest.mark.parametrize("values", [{"absorption_start": 5.0}, {"absorption_stop": 0.0}, {"absorption_stop": math.inf}])
+def test_an_empty_range_of_absorptions_is_refused(values):
+    with pytest.raises(ConfigError, match=r"model\.absorption_start"):
+        ModelConfig(**SIZES, **values)
+
+
+def test_absorptions_start_in_the_range_asked_for():
+    mixer = Mixer(ModelConfig(**{**SIZES, "d_model": 192}, absorption_start=0.01, absorption_stop=0.1))
+    absorption = F.softplus(mixer.absorption_bias)
+    assert 0.01 <= absorption.min() < 0.011
+    assert 0.09 < absorption.max() <= 0.1

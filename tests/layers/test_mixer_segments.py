@@ -176,8 +176,7 @@ def test_kernels_of_segments_equal_the_whole(options, monkeypatch):
     assert len(chosen) >= 3 * 4  # gates, mixing, composition, its adjoint: on every rank
     for shared, alone in zip(relative(joined(ranks), joined([truth])), single, strict=True):
         assert shared <= 3 * alone + 2e-6  # measured at most 2.4 times, and 4e-5 as for the single run
-    for found, exact in zip(floats(ranks[-1][1]), floats(truth[1]), strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert max(relative(floats(ranks[-1][1]), floats(truth[1]))) <= 1e-5
 
 
 @pytest.mark.gpu

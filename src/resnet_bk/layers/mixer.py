@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_bk.errors import ConfigError, ShapeError
+from resnet_bk.errors import ShapeError
 from resnet_bk.layers.phases import peierls_angles, running_sum
 from resnet_bk.layers.positional import PositionalPotential
 from resnet_bk.ops.context import Segment, entering_green, entering_memory
@@ -35,7 +35,6 @@ from resnet_bk.ops.semiseparable import (
     semiseparable_mix,
     semiseparable_step,
 )
-from resnet_bk.ops.short_convolution import short_convolution
 
 if TYPE_CHECKING:
     from resnet_bk.models.config import ModelConfig
@@ -53,8 +52,6 @@ class MixerState(NamedTuple):
     """Sum of scattering phases so far, float64 radians; only with phase coupling."""
     peierls: Float[Tensor, "rows heads*pairs"] | None = None
     """Sum of Peierls phases so far, float64 radians in [0, 2 pi); only with data-dependent ones."""
-    history: Float[Tensor, "rows before channels"] | None = None
-    """Values, keys and queries of the last tokens before the convolution; only with one."""
 
 
 class InPlaceState(MixerState):
@@ -111,9 +108,6 @@ class Mixer(nn.Module):
             self.position_scale = nn.Parameter(torch.empty(heads))
         if config.phase_coupling:
             self.phase_scale = nn.Parameter(torch.empty(heads))
-        if config.convolution_width:
-            self.taps = nn.Parameter(torch.empty(inner + 2 * state, config.convolution_width))
-            self.taps_bias = nn.Parameter(torch.empty(inner + 2 * state))
         self.skip = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(inner))
         self.reset_parameters()
@@ -150,9 +144,6 @@ class Mixer(nn.Module):
             self.position_scale.fill_(1.0)
         if config.phase_coupling:
             self.phase_scale.zero_()
-        if config.convolution_width:
-            self.taps.zero_()
-            self.taps_bias.zero_()
 
     def forward(
         self,
@@ -180,11 +171,6 @@ class Mixer(nn.Module):
     @property
     def fused_step(self) -> bool:
         """Whether `step` knows this mixer's options: exact dynamics, flux kernel, one site a token, nothing besides."""
-        return self._fused_core and not self.config.convolution_width
-
-    @property
-    def _fused_core(self) -> bool:
-        """Whether `mixer_core` knows this mixer's options."""
         return self._fused_gates and self.config.head_norm and not self.config.peierls_pairs
 
     @property
@@ -231,10 +217,7 @@ class Mixer(nn.Module):
         With a `segment` always several: the state before its mixing is known only after its gates.
         """
         config = self.config
-        history = None
-        if config.convolution_width:
-            projection, history = self._convolved(projection, state, cu_seqlens, segment)
-        on_gpu = self._fused_core and segment is None and choose_backend("auto", projection) == "triton"
+        on_gpu = self.fused_step and segment is None and choose_backend("auto", projection) == "triton"
         if on_gpu and has_tiles(config.state_size, config.head_dim):
             from resnet_bk.ops.mixer_core import mixer_core
 
@@ -242,7 +225,7 @@ class Mixer(nn.Module):
             out, mix, green = mixer_core(
                 projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
             )
-            return out, MixerState(mix, green, history=history)
+            return out, MixerState(mix, green)
         gate, *operands = projection.split(self.sizes, dim=-1)
         y, gates, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens, segment=segment)
         if config.head_norm:
@@ -251,22 +234,7 @@ class Mixer(nn.Module):
             out = y.flatten(2) * (F.silu(gate) * self.norm_weight.to(gate.dtype))
         if gates.green is not None:
             out = torch.cat((out, gates.green.to(out.dtype)), dim=-1)
-        return out, after._replace(history=history)
-
-    def _convolved(
-        self, projection: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, segment: Segment | None
-    ) -> tuple[Tensor, Tensor]:
-        """The projection with the convolution of values, keys and queries added, and their last tokens before it."""
-        if segment is not None:
-            raise ConfigError(
-                f"model.convolution_width is {self.config.convolution_width}, which ranks that share a sequence do not "
-                "exchange tokens for; set it to 0, or distributed.context_parallel to 1."
-            )
-        inner, mixed = self.sizes[0], self.taps.shape[0]
-        gate, operands, rest = projection.split((inner, mixed, projection.shape[-1] - inner - mixed), dim=-1)
-        before = None if state is None else state.history
-        added, history = short_convolution(operands, self.taps, self.taps_bias, history=before, cu_seqlens=cu_seqlens)
-        return torch.cat((gate, operands + added, rest), dim=-1), history
+        return out, after
 
     def _initial_green(self, state: MixerState | None) -> GreenState | None:
         """M before the first token: the state's, that of a wall, or None for the lead."""

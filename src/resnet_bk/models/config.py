@@ -72,9 +72,6 @@ class ModelConfig:
     """Absorptions start log-uniform between this and `absorption_stop`, above the floor."""
     absorption_stop: float = 4.0
     """Largest absorption at the start: the shortest memories last about 2 / `absorption_stop` tokens."""
-    convolution_width: int = 0
-    """Tokens of a causal convolution that is added to values, keys and queries before they are mixed, channel by
-    channel and zero at the start; 0 is none."""
     potential_start: float = 0.0
     """Start of the factor of every head's potential; 0 is a quiet medium."""
     position_potential: PositionPotential = "none"
@@ -121,8 +118,6 @@ class ModelConfig:
                 f"model.absorption_start is {self.absorption_start!r} and model.absorption_stop "
                 f"{self.absorption_stop!r}; expected numbers > 0, the second not below the first."
             )
-        if self.convolution_width == 1:
-            raise ConfigError("model.convolution_width is 1; expected 0 for none, or at least 2 tokens.")
         if not math.isfinite(self.potential_start):
             raise ConfigError(f"model.potential_start is {self.potential_start!r}; expected a finite number.")
         for name in ("energy_range", "position_epsilon", "skip_start"):
@@ -272,7 +267,6 @@ _LEAST = {
     **dict.fromkeys(("vocab_size", "d_model", "num_layers", "feed_forward_dim", "expand", "head_dim", "state_size"), 1),
     "attention_head_dim": 1,
     "peierls_pairs": 0,
-    "convolution_width": 0,
     "sites_per_token": 1,
     "attention_every": 0,
     "attention_window": 0,
