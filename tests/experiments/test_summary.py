@@ -78,3 +78,8 @@ def test_rows_tell_their_names_and_their_faults(tmp_path):
     with pytest.raises(DataError, match="line 1 is not a row"):
         read_rows("one", tmp_path)
     assert questions(tmp_path) == ["one"]
+
+
+def test_a_run_made_twice_counts_once():
+    (a,) = summarise([ROWS[0], ROWS[3], row("a", 1e-3, 0, 10.5)])
+    assert a.seeds == (0, 1) and a.validation.values == (10.0, 12.0)

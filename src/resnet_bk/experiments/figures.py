@@ -44,7 +44,10 @@ def loss_figure(arms: Sequence[ArmSummary], path: Path, *, title: str) -> list[P
 
 
 def position_figure(curves: Sequence[PositionCurve], path: Path, *, title: str) -> list[Path]:
-    """Files just written: loss by preceding tokens, all arms, the training length marked."""
+    """Files just written: loss by preceding tokens, all arms, the training length marked.
+
+    The axis shows what lies beyond a sixteenth of the training length: the first tokens' loss would hide the rest.
+    """
     with _figure(path, title) as (axes, files):
         for name, colour, marker in _styles(curve.name for curve in curves):
             curve = next(curve for curve in curves if curve.name == name)
@@ -62,6 +65,10 @@ def position_figure(curves: Sequence[PositionCurve], path: Path, *, title: str) 
         length = curves[0].training_length
         axes.axvline(length, color="#4a4a4a", linestyle="--", linewidth=1, label=f"training length, {length:,}")
         _doubling(axes)
+        later = [m for c in curves for start, m in zip(c.starts, c.means, strict=True) if 16 * start >= length]
+        if later:
+            margin = 0.1 * (max(later) - min(later)) + 0.01
+            axes.set_ylim(min(later) - margin, max(later) + margin)
         axes.set_xlabel(f"preceding tokens ({curves[0].texts})")
         axes.set_ylabel("loss (nats per token)")
     return files

@@ -269,10 +269,12 @@ def _scaling(writer: _Writer, rows: Sequence[Row]) -> None:
                     path = writer.folder / f"scaling-{against}-{name}"
                     files = figures.scaling_figure(same, path, title=f"{corpus}, on {hardware}")
                     writer.figure(files, f"loss against {against}")
-        if figures.frontier_points(found):
+        # Screened options would hide the models that have a name.
+        named = [row for row in found if row["metrics"]["arm"] in ARMS]
+        if figures.frontier_points(named):
             writer.text(f"## Perplexity against operations: {corpus}\n\nOn {hardware}; runs of all recipes and sizes.")
             path = writer.folder / f"frontier-{name}"
-            files = figures.frontier_figure(found, path, title=f"{corpus}, on {hardware}")
+            files = figures.frontier_figure(named, path, title=f"{corpus}, on {hardware}")
             writer.figure(files, "perplexity against operations")
 
 

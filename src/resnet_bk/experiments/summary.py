@@ -85,12 +85,19 @@ def sweep_of(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def best_runs(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The runs of each arm, one a seed, at the rate of the lowest validation loss in its sweep."""
+    """The runs of each arm at the rate of the lowest validation loss in its sweep: the first of each seed.
+
+    A run that was made twice differs from its repetition by rounding alone, so it counts once.
+    """
     found = {}
     for name, runs in by_arm(rows).items():
         best = min(sweep_of(runs), key=lambda run: run["metrics"]["validation_loss"])
         rate = best["metrics"]["learning_rate"]
-        found[name] = [run for run in runs if run["metrics"]["learning_rate"] == rate]
+        by_seed: dict[int, Mapping[str, Any]] = {}
+        for run in runs:
+            if run["metrics"]["learning_rate"] == rate:
+                by_seed.setdefault(run["seeds"][0], run)
+        found[name] = list(by_seed.values())
     return found
 
 
