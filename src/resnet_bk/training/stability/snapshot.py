@@ -82,8 +82,17 @@ def _trained(trainer: Trainer) -> list[Tensor]:
 
 
 def _copied(value: Any) -> Any:
-    """`value`; a tensor copied to the CPU, of a sharded one this rank's part."""
-    return _local(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    """`value`; a tensor copied to the CPU, of a sharded one this rank's part.
+
+    From a GPU the copy goes into pinned memory, which PyTorch keeps for the next, and the host does not wait for it:
+    whatever changes the tensor, and whatever copies the snapshot back, comes later in the same stream.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    local = _local(value).detach()
+    if not local.is_cuda:
+        return local.to("cpu", copy=True)
+    return torch.empty_like(local, device="cpu", pin_memory=True).copy_(local, non_blocking=True)
 
 
 def _local(tensor: Tensor) -> Tensor:
