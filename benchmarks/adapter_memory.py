@@ -150,7 +150,9 @@ def main() -> None:
     peak = Peak(device, int(arguments.cap_gigabytes * 1e9))
     try:
         metrics |= measure(config, device, peak)
-        metrics["predicted_over_measured"] = plan.peak / 1e9 / metrics["peak_gigabytes"]
+        # Of a tiny model on a CPU the peak may lie before its steps, and then nothing was measured.
+        measured = metrics["peak_gigabytes"]
+        metrics["predicted_over_measured"] = plan.peak / 1e9 / measured if measured else None
     except torch.OutOfMemoryError as error:
         metrics["outcome"] = f"out of memory: {str(error).splitlines()[0]}"
     print(metrics)

@@ -25,7 +25,6 @@ TOKENS = TokenDataset.from_ids("train", np.random.default_rng(0).integers(0, 2, 
 KINDS = {
     "resolvent": {},
     "phases": {"phase_coupling": True, "peierls_pairs": 1, "source": "free"},
-    "convolution": {"convolution_width": 3},
     "wall": {"boundary": "wall", "sites_per_token": 3},
     "decay-only": {"dynamics": "decay_only"},
     "primes": {"position_potential": "prime_bump"},
@@ -112,7 +111,7 @@ def test_losses_of_a_stream_are_those_of_streaming_evaluation(tiny, accumulation
     assert nats == pytest.approx(evaluate_stream(model, text, segment_length=100).nats, rel=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["phases", "convolution", "mamba2", "mamba3", "window", "hybrid"])
+@pytest.mark.parametrize("kind", ["phases", "mamba2", "mamba3", "window", "hybrid"])
 def test_a_run_stopped_inside_a_stream_resumes_bit_identically(tiny, tmp_path, kind):
     def run(folder: str, *parts: int) -> Trainer:
         for steps in parts:
