@@ -46,6 +46,16 @@ def test_a_text_that_repeats_is_learned_and_the_parameters_come_back():
     assert found.loss < stronger.loss  # all the way back after every segment: only the last one is remembered
 
 
+def test_under_autocast_every_segment_is_read_with_the_parameters_of_its_time():
+    model, repeated = model_of(), np.tile(text(2, 20), 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate_dynamic(model, repeated, text(1, 600), rate=3e-4, decay=0.0, segment_length=16)
+        after = evaluate_stream(model, repeated, segment_length=64)
+    exact = evaluate_dynamic(model, repeated, text(1, 600), rate=3e-4, decay=0.0, segment_length=16)
+    assert found.loss == pytest.approx(exact.loss, rel=0.02)
+    assert after.loss == pytest.approx(evaluate_stream(model, repeated, segment_length=64).loss, rel=0.01)
+
+
 def test_losses_do_not_depend_on_what_follows(monkeypatch):
     taken = []
     through = dynamic._losses

@@ -69,6 +69,7 @@ def evaluate_dynamic(
         with torch.no_grad():
             for parameter, first in zip(model.parameters(), trained, strict=True):
                 parameter.copy_(first)
+        torch.clear_autocast_cache()
         model.zero_grad(set_to_none=True)
     return StreamEvaluation(tokens=len(tokens) - 1, unpredicted_tokens=1, nats=nats, text_bytes=text_bytes)
 
@@ -100,6 +101,7 @@ def _losses(
                 if parameter.grad is not None:
                     parameter.lerp_(first, share)
                     parameter.addcdiv_(parameter.grad, size, value=-rate)
+        torch.clear_autocast_cache()  # holds what the parameters were before, in 16 bits
         yield losses.detach().double()
 
 
