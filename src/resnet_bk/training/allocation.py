@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,21 @@ class FusedNorm(torch.autograd.Function):
         """Tensors like both inputs."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """`torch.nn.functional.rms_norm`, which `nn.RMSNorm` calls too, allocates as on a GPU."""
+
+    def norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return FusedNorm.apply(x, weight)  # type: ignore[no-any-return]
+
+    functional = torch.nn.functional
+    before, functional.rms_norm = functional.rms_norm, norm
+    try:
+        yield
+    finally:
+        functional.rms_norm = before
 
 
 @contextmanager

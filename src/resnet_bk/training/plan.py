@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from resnet_bk.layers.lora import adapt
 from resnet_bk.models.config import AdapterConfig, ModelConfig
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.ops.dispatch import PlannedGPU, planning_for
-from resnet_bk.training.allocation import HOST, FusedNorm, autocast_as_on, without_memory
+from resnet_bk.training.allocation import HOST, autocast_as_on, fused_norms, without_memory
 from resnet_bk.training.config import MemoryConfig, RunConfig, TrainingConfig
 from resnet_bk.training.memory import apply_memory
 from resnet_bk.training.plan_shards import GATHERED, ShardsInFlight, sharded_bytes
@@ -260,15 +261,14 @@ def _step(config: RunConfig, device: Device, kernels: bool, ranks: int) -> dict[
     gathered = torch.bfloat16 if sharded and distributed.gather_dtype == "bfloat16" else torch.float32
     gpu = PlannedGPU(kernels) if device == "cuda" else None
     phases: dict[str, Counter[str]] = {}
-    with planning_for(gpu), without_memory() as allocation:
+    norms = fused_norms() if gpu is not None else nullcontext()
+    with planning_for(gpu), norms, without_memory() as allocation:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 values = torch.empty(parameter.shape, dtype=gathered)
                 setattr(module, name, nn.Parameter(values, parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-            if gpu is not None and isinstance(module, nn.RMSNorm):
-                module.forward = partial(_fused_norm, module)
         flight = None
         if sharded:
             flight = ShardsInFlight(model, distributed, ranks, accumulating=several, allocation=allocation)
@@ -322,10 +322,6 @@ def _loss_of(model: LanguageModel, ids: torch.Tensor, together: int) -> torch.Te
         output = model(ids, labels=ids, state=state)
         loss, state = loss + output.loss, output.state.map(torch.clone)
     return loss
-
-
-def _fused_norm(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    return FusedNorm.apply(x, module.weight)  # type: ignore[no-any-return]
 
 
 def _precision(training: TrainingConfig, device: Device) -> torch.dtype | None:

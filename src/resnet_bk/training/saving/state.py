@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from resnet_bk.errors import CheckpointError
 from resnet_bk.models.checkpoint import force_to_disk, load_weights, write_description
@@ -64,11 +64,12 @@ class Snapshots:
     """Takes snapshots into buffers that it keeps, so take the next only when the last was written.
 
     Keeping them costs one copy of weights and optimizer in CPU memory; allocating them anew for every snapshot would
-    cost the same and the page faults.
+    cost the same and the page faults. The public `DefaultStager` throws them away after every use in PyTorch 2.11, and
+    cannot be used again.
     """
 
     def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
+        self._stager: StateDictStager | None = None
 
     def take(
         self,
@@ -79,12 +80,11 @@ class Snapshots:
     ) -> Snapshot:
         """The run as it is now; arguments are those of `CheckpointSaver.begin`."""
         live = view_of_run(model, optimizer, state, carried)
+        gpu = torch.cuda.is_available()
         if self._stager is None:
-            gpu = torch.cuda.is_available()
-            self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
-        copied = self._stager.stage({"weights": live.weights, "optimizer": live.optimizer})
-        assert isinstance(copied, dict)  # only asynchronous staging returns a future
-        if torch.cuda.is_available():
+            self._stager = StateDictStager(pin_memory=gpu)
+        copied = self._stager.stage({"weights": live.weights, "optimizer": live.optimizer}, non_blocking=gpu)
+        if gpu:
             torch.cuda.synchronize()
         return dataclasses.replace(live, weights=copied["weights"], optimizer=copied["optimizer"])
 
