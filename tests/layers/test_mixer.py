@@ -39,6 +39,8 @@ COMBINATIONS += [
     dict(head_norm=False, peierls_pairs=4, source="free", skip_start=0.3),
     dict(peierls_pairs=4, source="free", sites_per_token=3, green_readout=True),
     dict(peierls_pairs=1, source="free", kernel="transmission", phase_coupling=True),
+    dict(rotary_fraction=0.25),
+    dict(rotary_fraction=0.0, peierls_pairs=3, source="free"),
 ]
 COMBINATIONS += [
     dict(position_potential="prime_bump", boundary="wall"),
@@ -144,7 +146,8 @@ def written_out(mixer, u):
         weight = (weight if c.kernel == "green" else 1) * F.softplus(s + mixer.source_bias)
     place = torch.arange(u.shape[1], dtype=u.dtype)
     frequencies = c.rotary_base ** (-torch.arange(c.state_size // 2, dtype=u.dtype) / (c.state_size // 2))
-    angle = place[:, None, None] * frequencies
+    frequencies = frequencies[: round(c.rotary_fraction * frequencies.numel())]
+    angle = place[:, None, None] * F.pad(frequencies, (0, c.state_size // 2 - frequencies.numel()))
     if c.phase_coupling:
         angle = angle + (mixer.phase_scale * (m0.angle() - m.angle()).cumsum(1))[..., None]
     if turns:
@@ -248,7 +251,16 @@ def test_the_start_is_quiet_and_absorptions_are_log_uniform():
     low, high = -3.0, math.log10(4)
     expected = low + (high - low) * torch.tensor([0.25, 0.5, 0.75])
     assert (quartiles - expected).abs().max() < 0.06
-    torch.testing.assert_close(F.softplus(mixer.source_bias), absorption)
+
+
+def test_a_free_source_starts_where_a_gated_one_does():
+    """At rest: with the raw projections zero, both weights are half of sqrt(1 - a^2)."""
+    zeros = torch.zeros(1, 50, 64, dtype=torch.float64)
+    found = []
+    for source in ("gated", "free"):
+        mixer = Mixer(ModelConfig(**{**SIZES, "d_model": 192}, source=source, dynamics="decay_only")).double()
+        found.append(mixer.gates(zeros[..., :0], zeros, zeros, None, None)[0].source)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("options", [{}, dict(phase_coupling=True), dict(kernel="green")])

@@ -175,7 +175,8 @@ def test_kernels_of_segments_equal_the_whole(options, monkeypatch):
     ranks = on_threads(3, lambda group: run(narrow, u, None, weights, group, [17, 1, 66]))
     assert len(chosen) >= 3 * 4  # gates, mixing, composition, its adjoint: on every rank
     for shared, alone in zip(relative(joined(ranks), joined([truth])), single, strict=True):
-        assert shared <= 3 * alone + 2e-6  # measured at most 2.4 times, and 4e-5 as for the single run
+        # Measured at most 2.4 times, and 2e-5 for gradients that are small sums of large parts, as in the single run.
+        assert shared <= 3 * alone + 2e-5
     assert max(relative(floats(ranks[-1][1]), floats(truth[1]))) <= 1e-5
 
 

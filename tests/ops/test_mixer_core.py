@@ -17,9 +17,9 @@ from resnet_bk.ops.semiseparable import MixState
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(source="gated", seed=0):
+def build(source="gated", seed=0, **changes):
     torch.manual_seed(seed)
-    config = ModelConfig(vocab_size=8, d_model=32, num_layers=1, head_dim=16, state_size=32, source=source)
+    config = ModelConfig(vocab_size=8, d_model=32, num_layers=1, head_dim=16, state_size=32, source=source, **changes)
     mixer = Mixer(config).to(DEVICE)
     with torch.no_grad():
         for parameter in (mixer.query_bias, mixer.key_bias, mixer.skip, mixer.norm_weight, mixer.potential_scale):
@@ -37,6 +37,7 @@ def fused(mixer, projection, state, cu_seqlens):
         source=mixer.config.source,
         absorption_floor=mixer.config.absorption_floor,
         rotary_base=mixer.config.rotary_base,
+        rotary_fraction=mixer.config.rotary_fraction,
         epsilon=mixer.config.norm_epsilon,
     )
     return out, mix, green
@@ -71,16 +72,16 @@ def gradients(run, mixer, projection, state, cu_seqlens):
 
 
 @pytest.mark.parametrize(
-    "source, bounds, given",
+    "source, bounds, given, fraction",
     [
-        ("gated", None, False),
-        ("gated", [0, 1, 66, 90], True),
-        ("free", None, True),
-        ("unit", [0, 1, 66, 90], False),
+        ("gated", None, False, 1.0),
+        ("gated", [0, 1, 66, 90], True, 0.25),
+        ("free", None, True, 1.0),
+        ("unit", [0, 1, 66, 90], False, 1.0),
     ],
 )
-def test_equals_the_operators_apart(source, bounds, given):
-    mixer = build(source)
+def test_equals_the_operators_apart(source, bounds, given, fraction):
+    mixer = build(source, rotary_fraction=fraction)
     batch, time = (2, 90) if bounds is None else (1, 90)
     rows = batch if bounds is None else len(bounds) - 1
     config, generator = mixer.config, torch.Generator().manual_seed(2)

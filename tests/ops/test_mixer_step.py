@@ -121,6 +121,15 @@ def test_the_functional_step_leaves_the_state_alone():
         assert torch.equal(part, old)
 
 
+def test_pairs_that_do_not_turn():
+    case = make_case(2, 2, 16, 16, position=1000)
+    truth = flat(mixer_step(*widened(case), rotary_fraction=0.25, backend="reference"))
+    whole = flat(mixer_step(*widened(case), backend="reference"))
+    for name, tensor in flat(mixer_step(*case, rotary_fraction=0.25, backend="triton")).items():
+        assert error(tensor, truth[name]) < 2e-6, name
+    assert error(whole["out"], truth["out"]) > 1e-2
+
+
 @pytest.mark.parametrize("position", [0, 1, 2**24 + 1, 10**7 + 19, 2**30 + 12345])
 def test_angles_are_exact_at_any_position(position):
     """From an empty memory the memory is the turned key times the value, so an angle's error shows undiluted."""
@@ -163,7 +172,7 @@ def test_operators_are_registered():
     from resnet_bk.ops.mixer_step import triton as kernels
 
     projection, parameters, mix, green = make_case(2, 2, 16, 8)
-    arguments = (projection, *parameters, *mix, *green, "gated", 1e-3, 1e4, 1e-5)
+    arguments = (projection, *parameters, *mix, *green, "gated", 1e-3, 1e4, 1.0, 1e-5)
     torch.library.opcheck(kernels.mixer_step_triton, arguments)
     torch.library.opcheck(kernels.mixer_step_triton_, arguments)
 

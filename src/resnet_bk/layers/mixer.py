@@ -126,10 +126,12 @@ class Mixer(nn.Module):
         golden = (0.5 + place * (math.sqrt(5) - 1) / 2) % 1
         low, high = math.log10(config.absorption_start), math.log10(config.absorption_stop)
         absorption = 10 ** (low + (high - low) * golden)
-        inverse_softplus = absorption + torch.log(-torch.expm1(-absorption))
-        self.absorption_bias.copy_(inverse_softplus)
+        self.absorption_bias.copy_(_inverse_softplus(absorption))
         if config.source != "unit":
-            self.source_bias.copy_(inverse_softplus if config.source == "free" else torch.zeros(heads))
+            # Half of what theorem 8 allows in a medium at rest, for "free" too: it then learns as "gated" does.
+            most = torch.sqrt(-torch.expm1(-2 * torch.asinh((absorption + config.absorption_floor) / 2)))
+            free = _inverse_softplus(0.5 * most if config.kernel != "green" else torch.full_like(most, 0.5))
+            self.source_bias.copy_(free if config.source == "free" else torch.zeros(heads))
         for ones in (self.query_bias, self.key_bias, self.norm_weight):
             ones.fill_(1.0)
         self.skip.fill_(config.skip_start)
@@ -202,6 +204,7 @@ class Mixer(nn.Module):
             "source": config.source,
             "absorption_floor": config.absorption_floor,
             "rotary_base": config.rotary_base,
+            "rotary_fraction": config.rotary_fraction,
             "epsilon": config.norm_epsilon,
         }
 
@@ -323,7 +326,9 @@ class Mixer(nn.Module):
             biases = {}
         options = {
             **biases,
-            "frequencies": rotary_frequencies(config.state_size, config.rotary_base, device=x.device),
+            "frequencies": rotary_frequencies(
+                config.state_size, config.rotary_base, config.rotary_fraction, device=x.device
+            ),
             "skip": None if gates.readout is not None else self.skip,
             "scale": config.state_size**-0.5,
         }
@@ -489,3 +494,7 @@ class Mixer(nn.Module):
         """(m - i) / (m + i) of every head, inside the unit disc: real parts, then imaginary parts."""
         square = real.square() + (imag + 1).square()
         return torch.cat((1 - 2 * (imag + 1) / square, -2 * real / square), dim=-1)
+
+
+def _inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))

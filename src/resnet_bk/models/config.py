@@ -88,6 +88,9 @@ class ModelConfig:
     """Start of every head's direct path from a token to its own output, beside which the memory is added."""
     rotary_base: float = 10000.0
     """Ratio of the largest to the smallest rotary wavelength."""
+    rotary_fraction: float = 1.0
+    """Share of the pairs of keys, the fastest, that positions turn. With 1/4 the longest wavelength is 63 tokens, and a
+    distance says nothing beyond; that carries further past the training length."""
     tie_embeddings: bool = True
     """Use one matrix for the token embedding and the output head."""
     norm_epsilon: float = 1e-5
@@ -128,6 +131,8 @@ class ModelConfig:
                 f"model.position_potential is {self.position_potential!r}, but dynamics 'decay_only' has no potential. "
                 "Set one of them."
             )
+        if not 0 <= self.rotary_fraction <= 1:
+            raise ConfigError(f"model.rotary_fraction is {self.rotary_fraction!r}; expected a share in [0, 1].")
         for name in ("dropout", "word_dropout", "input_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected a probability in [0, 1).")

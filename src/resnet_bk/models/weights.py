@@ -51,15 +51,19 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def write_weights(model: nn.Module, folder: Path, max_shard_size: int) -> None:
-    """Write the tensors of `model` to `folder`: one file, or shards of at most `max_shard_size` bytes and an index.
-
-    A tensor larger than that gets a shard of its own; tied tensors are stored once, under their first name.
-    """
+    """Write the tensors of `model` to `folder` by `write_shards`; tied ones once, under their first name."""
     state = model.state_dict()
+    write_shards({name: state[name].detach() for name in aliases(model)}, folder, max_shard_size)
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: int) -> None:
+    """Write `tensors` to `folder`: one file, or shards of at most `max_shard_size` bytes and an index.
+
+    A tensor larger than that gets a shard of its own. Other threads of Python go on meanwhile.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name in aliases(model):
-        tensor = state[name].detach()
+    for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard_size:
             shards.append({})
             size = 0

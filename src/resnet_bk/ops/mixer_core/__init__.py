@@ -34,6 +34,7 @@ def mixer_core(
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
+    rotary_fraction: float = 1.0,
     epsilon: float = 1e-5,
 ) -> tuple[Tensor, MixState, GreenState]:
     """What a mixer with exact dynamics and flux kernel does between its projections; `mixer_step` for many tokens.
@@ -47,6 +48,7 @@ def mixer_core(
         source: weight of the token on entry.
         absorption_floor: smallest eta; > 0.
         rotary_base: ratio of the largest to the smallest rotary wavelength.
+        rotary_fraction: share of the pairs of keys, the fastest, that positions turn.
         epsilon: added to mean squares.
 
     Returns:
@@ -69,7 +71,7 @@ def mixer_core(
     real = imag = None
     if green is not None:
         real, imag = (part.float().broadcast_to(rows, heads) for part in green)
-    frequencies = rotary_frequencies(state, rotary_base, device=projection.device)
+    frequencies = rotary_frequencies(state, rotary_base, rotary_fraction, device=projection.device)
     tensors = (projection, *parameters, frequencies, memory, position, real, imag, bounds, cu_seqlens)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     out, final, *last = mixer_core_op(*tensors, absorption_floor, source, epsilon, save)[:4]

@@ -28,6 +28,7 @@ def mixer_step(
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
+    rotary_fraction: float = 1.0,
     epsilon: float = 1e-5,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "batch inner"], MixState, GreenState]:
@@ -48,6 +49,7 @@ def mixer_step(
         source: weight of the token on entry.
         absorption_floor: smallest eta; > 0.
         rotary_base: ratio of the largest to the smallest rotary wavelength.
+        rotary_fraction: share of the pairs of keys, the fastest, that positions turn.
         epsilon: added to mean squares.
         backend: "triton" is one kernel; "reference" composes the operators named above, and so does "chunked".
 
@@ -65,7 +67,7 @@ def mixer_step(
     """
     chosen = _check(projection, parameters, mix, green, source, absorption_floor, backend)
     state = (mix.memory, mix.position, green.real, green.imag)
-    options = (source, absorption_floor, rotary_base, epsilon)
+    options = (source, absorption_floor, rotary_base, rotary_fraction, epsilon)
     if chosen == "triton":
         from resnet_bk.ops.mixer_step.triton import mixer_step_triton
 
@@ -86,6 +88,7 @@ def mixer_step_(
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
+    rotary_fraction: float = 1.0,
     epsilon: float = 1e-5,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch inner"]:
@@ -108,7 +111,7 @@ def mixer_step_(
                 f"is contiguous {wide}. Pass {name}.to({wide}).contiguous(), and keep that tensor."
             )
     state = (mix.memory, mix.position, green.real, green.imag)
-    options = (source, absorption_floor, rotary_base, epsilon)
+    options = (source, absorption_floor, rotary_base, rotary_fraction, epsilon)
     if chosen == "triton":
         from resnet_bk.ops.mixer_step.triton import mixer_step_triton_
 

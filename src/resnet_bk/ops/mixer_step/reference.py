@@ -35,7 +35,7 @@ class StepParameters(NamedTuple):
 
 def mixer_step_reference(
     projection: Tensor, parameters: StepParameters, memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
-    source: str, floor: float, rotary_base: float, epsilon: float,
+    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, memory and both parts of the Green function; see `resnet_bk.ops.mixer_step.mixer_step`."""
     heads, state = parameters.query_bias.shape
@@ -63,7 +63,7 @@ def mixer_step_reference(
         source=weight,
         query_bias=weights.query_bias,
         key_bias=weights.key_bias,
-        frequencies=rotary_frequencies(state, rotary_base, device=projection.device),
+        frequencies=rotary_frequencies(state, rotary_base, rotary_fraction, device=projection.device),
         skip=weights.skip,
         scale=state**-0.5,
     )

@@ -164,9 +164,9 @@ def _step_kernel(
 
 
 @cache
-def _turns(state: int, base: float, device: torch.device) -> Tensor:
+def _turns(state: int, base: float, fraction: float, device: torch.device) -> Tensor:
     """Whole turns a token of every channel pair, float64 [state / 2]."""
-    return rotary_frequencies(state, base, device=device) / (2 * math.pi)
+    return rotary_frequencies(state, base, fraction, device=device) / (2 * math.pi)
 
 
 def _warps(height: int, width: int, programs: int) -> int:
@@ -177,7 +177,7 @@ def _warps(height: int, width: int, programs: int) -> int:
 
 def _launch(
     projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor],
-    source: str, floor: float, rotary_base: float, epsilon: float, warps: int,
+    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float, warps: int,
 ) -> Tensor:  # fmt: skip
     """The output [batch, inner]; memory and Green function go to `after`, which may be those of `state`."""
     memory, position, real, imag = state
@@ -186,7 +186,7 @@ def _launch(
     out = torch.empty(batch, heads * value, dtype=projection.dtype, device=projection.device)
     with torch.cuda.device_of(projection):
         _step_kernel[(batch * heads,)](
-            projection, *parameters, _turns(channels, rotary_base, projection.device),
+            projection, *parameters, _turns(channels, rotary_base, rotary_fraction, projection.device),
             memory, position, real, imag, *after, out,
             heads, projection.stride(0), floor, epsilon, channels**-0.5,
             HALF=channels // 2, VALUE=value, HEIGHT=height, WIDTH=width, SOURCE=_SOURCES[source], num_warps=warps,
@@ -201,14 +201,14 @@ def _tile(channels: int, value: int) -> tuple[int, int]:
 
 def _step(
     projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor],
-    source: str, floor: float, rotary_base: float, epsilon: float,
+    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> Tensor:  # fmt: skip
     """`_launch` on operands as it wants them, after the check of its compiled form."""
     projection = projection if projection.stride(1) == 1 else projection.contiguous()
     batch, heads, channels, value = state[0].shape
     warps = _warps(*_tile(channels, value), batch * heads)
     dtypes = tuple(None if x is None else x.dtype for x in (projection, *parameters))
-    options = (source, floor, rotary_base, epsilon)
+    options = (source, floor, rotary_base, rotary_fraction, epsilon)
 
     def measure() -> dict[str, tuple[float, float]]:
         return _errors(heads, channels, value, dtypes, projection.device, options, warps)
@@ -249,7 +249,7 @@ def mixer_step_triton(
     projection: Tensor, query_bias: Tensor, key_bias: Tensor, absorption_bias: Tensor, potential_scale: Tensor,
     energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor,
     memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
-    source: str, floor: float, rotary_base: float, epsilon: float,
+    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [batch, inner] of one token, and memory and Green function after it."""
     parameters = StepParameters(
@@ -257,7 +257,12 @@ def mixer_step_triton(
     )
     state = [memory.contiguous(), position, real.contiguous(), imag.contiguous()]
     after = memory, real, imag = [torch.empty_like(part) for part in (state[0], *state[2:])]
-    return _step(projection, parameters, state, after, source, floor, rotary_base, epsilon), memory, real, imag
+    return (
+        _step(projection, parameters, state, after, source, floor, rotary_base, rotary_fraction, epsilon),
+        memory,
+        real,
+        imag,
+    )
 
 
 @torch.library.custom_op("resnet_bk::mixer_step_triton_", mutates_args=("memory", "real", "imag"))
@@ -265,24 +270,26 @@ def mixer_step_triton_(
     projection: Tensor, query_bias: Tensor, key_bias: Tensor, absorption_bias: Tensor, potential_scale: Tensor,
     energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor,
     memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
-    source: str, floor: float, rotary_base: float, epsilon: float,
+    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> Tensor:  # fmt: skip
     """Output [batch, inner] of one token; memory and Green function become those after it."""
     parameters = StepParameters(
         query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight
     )
     state = [memory, position, real, imag]
-    return _step(projection, parameters, state, [memory, real, imag], source, floor, rotary_base, epsilon)
+    return _step(
+        projection, parameters, state, [memory, real, imag], source, floor, rotary_base, rotary_fraction, epsilon
+    )
 
 
 @mixer_step_triton.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      memory, position, real, imag, source, floor, rotary_base, epsilon):  # fmt: skip
+      memory, position, real, imag, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
     out = projection.new_empty(projection.shape[0], norm_weight.shape[0])
     return out, *(part.new_empty(part.shape) for part in (memory, real, imag))
 
 
 @mixer_step_triton_.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      memory, position, real, imag, source, floor, rotary_base, epsilon):  # fmt: skip
+      memory, position, real, imag, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
     return projection.new_empty(projection.shape[0], norm_weight.shape[0])

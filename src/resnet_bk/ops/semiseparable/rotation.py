@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 
-def rotary_frequencies(state_size: int, base: float, *, device: torch.device | str = "cpu") -> Tensor:
-    """Angular frequencies base^(-p / (state_size / 2)) [state_size / 2], radians per token, float64."""
+def rotary_frequencies(
+    state_size: int, base: float, fraction: float = 1.0, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Angular frequencies [state_size / 2] in radians per token, float64: base^(-p / (state_size / 2)) for pair p.
+
+    Of the pairs only this `fraction`, the fastest, turn at all; the others have frequency 0.
+    """
     half = state_size // 2
-    return base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    pair = torch.arange(half, dtype=torch.float64, device=device)
+    return torch.where(pair < fraction * half, base ** (-pair / half), 0.0)
 
 
 def phase_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

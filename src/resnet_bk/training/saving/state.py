@@ -26,7 +26,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from resnet_bk.errors import CheckpointError
 from resnet_bk.models.checkpoint import force_to_disk, load_weights, write_description
-from resnet_bk.models.weights import INDEX_FILE, WEIGHTS_FILE, aliases
+from resnet_bk.models.weights import aliases, write_shards
 from resnet_bk.training.distributed import spread_like
 from resnet_bk.training.optimizer import (
     check_tensors,
@@ -36,7 +36,7 @@ from resnet_bk.training.optimizer import (
     parameters_without_state,
 )
 from resnet_bk.training.saving.checksums import checksum_files, write_checksums
-from resnet_bk.training.saving.tensors import is_sharded, read_tensors_into, stored_shapes, write_tensors
+from resnet_bk.training.saving.tensors import is_sharded, read_tensors_into, stored_shapes, write_sharded
 from resnet_bk.training.saving.together import on_every_rank, on_first_rank
 
 STATE_FILE = "trainer_state.json"
@@ -44,6 +44,8 @@ OPTIMIZER_FOLDER = "optimizer"
 SHARDS_FOLDER = "model"
 CARRIED_FILE = "carried/state.safetensors"
 FORMAT = 2
+MAX_FILE_BYTES = 5 * 10**9
+"""A checkpoint's tensors beyond that go to another file."""
 
 _WITHOUT_STATE = "parameters_without_optimizer_state"
 
@@ -134,8 +136,8 @@ def write_snapshot(snapshot: Snapshot, folder: Path, group: ProcessGroup | None)
     sharded = is_sharded([*snapshot.weights.values(), *snapshot.optimizer.values()])
     if sharded:
         on_first_rank(group, lambda: folder.mkdir(parents=True, exist_ok=True))
-        on_every_rank(group, lambda: write_tensors(snapshot.weights, folder / SHARDS_FOLDER, group))
-        on_every_rank(group, lambda: write_tensors(snapshot.optimizer, folder / OPTIMIZER_FOLDER, group))
+        on_every_rank(group, lambda: write_sharded(snapshot.weights, folder / SHARDS_FOLDER, group))
+        on_every_rank(group, lambda: write_sharded(snapshot.optimizer, folder / OPTIMIZER_FOLDER, group))
     else:
         on_first_rank(group, lambda: _write_whole(snapshot, folder))
     if snapshot.carried:
@@ -229,13 +231,11 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 
 def _write_whole(snapshot: Snapshot, folder: Path) -> None:
-    """Write tensors that one process has all of; a single file of weights gets the name it has in a model folder."""
-    write_tensors(snapshot.weights, folder, None)
-    write_tensors(snapshot.optimizer, folder / OPTIMIZER_FOLDER, None)
-    files = list(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        files[0].rename(folder / WEIGHTS_FILE)
-        (folder / INDEX_FILE).unlink()
+    """Write tensors that one process has all of."""
+    for tensors, place in ((snapshot.weights, folder), (snapshot.optimizer, folder / OPTIMIZER_FOLDER)):
+        place.mkdir(parents=True, exist_ok=True)
+        if tensors:
+            write_shards(tensors, place, MAX_FILE_BYTES)
 
 
 def _write_carried(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,8 +1,9 @@
 """Named tensors in a folder of safetensors files, whole or sharded, by `torch.distributed.checkpoint`.
 
-PyTorch's engine writes them through its Hugging Face storage: its own default format pickles its metadata. Tensors of
-one process become `model-00001-of-00003.safetensors` with an index, as in a model folder. `DTensor`s are written by
-the ranks that hold them, as `shard-<rank>-...`, and are read back onto any number of ranks.
+PyTorch's engine reads and writes them through its Hugging Face storage: its own default format pickles its metadata.
+`DTensor`s are written by the ranks that hold them, as `shard-<rank>-...`, and are read back onto any number of ranks.
+Tensors of one process are written as in a model folder, by `write_shards`: the engine would put a file together in
+memory first, and hold up every other thread of Python meanwhile, training too.
 """
 
 from __future__ import annotations
@@ -24,38 +25,22 @@ from torch.distributed.tensor import DTensor
 from resnet_bk.errors import CheckpointError
 from resnet_bk.training.saving.together import reason_of
 
-MAX_FILE_BYTES = 5 * 10**9
-
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether some tensor lives on several ranks."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def write_tensors(
-    tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None, *, max_file_bytes: int = MAX_FILE_BYTES
-) -> None:
-    """Write `tensors` into `folder`; all ranks of `group` call it if they are sharded, else one process does.
-
-    Args:
-        tensors: name -> tensor on the CPU, or `DTensor` over CPU or GPU ranks.
-        folder: created if absent.
-        group: ranks that hold the shards; None where nothing is sharded.
-        max_file_bytes: bytes above which one process's tensors are split into several files. A file is put together
-            in memory before it is written.
+def write_sharded(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -> None:
+    """Write `tensors`, some of them `DTensor`s, into `folder`; all ranks of `group` call it.
 
     Raises:
         CheckpointException: the disk refused; PyTorch's error, which `on_every_rank` translates.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not tensors:
-        return
-    if group is None:
-        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_file_numbers(tensors, max_file_bytes))
-    else:
+    if tensors:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _expect_no_process_group()
-    save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+        save(dict(tensors), storage_writer=writer, process_group=group)
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
@@ -79,7 +64,7 @@ def read_tensors_into(tensors: dict[str, Tensor], folder: Path, group: ProcessGr
 
     Args:
         tensors: name -> tensor or `DTensor` of the stored shape.
-        folder: as `write_tensors` left it, or the safetensors files of a model folder.
+        folder: as `write_sharded` left it, or the safetensors files of a model folder.
         group: ranks among which `tensors` are sharded; None where nothing is.
 
     Raises:
@@ -93,16 +78,6 @@ def read_tensors_into(tensors: dict[str, Tensor], folder: Path, group: ProcessGr
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
     except (OSError, SafetensorError, CheckpointException) as error:
         raise CheckpointError(f"{folder} cannot be read ({reason_of(error)}); use an older checkpoint.") from error
-
-
-def _file_numbers(tensors: dict[str, Tensor], max_file_bytes: int) -> dict[str, int]:
-    """Name -> number of its file, from 1, so that no file exceeds the limit unless a single tensor does."""
-    numbers, number, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > max_file_bytes:
-            number, size = number + 1, 0
-        numbers[name], size = number, size + tensor.nbytes
-    return numbers
 
 
 def _expect_no_process_group() -> None:
