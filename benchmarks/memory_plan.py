@@ -90,6 +90,7 @@ def main() -> None:
                 metrics=metrics,
                 wall_seconds=time.perf_counter() - start,
                 tokens=batch * length,
+                device=torch.device("cuda"),
             )
 
 

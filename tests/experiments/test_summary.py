@@ -80,6 +80,15 @@ def test_rows_tell_their_names_and_their_faults(tmp_path):
     assert questions(tmp_path) == ["one"]
 
 
+def test_other_models_of_the_same_name_are_arms_of_their_own():
+    plain, dropped = row("a", 1e-3, 0, 10.0), row("a", 1e-3, 0, 9.0)
+    plain["metrics"]["model"], dropped["metrics"]["model"] = "d_model=8 dropout=0.1", "d_model=8 dropout=0.3"
+    assert [(arm.name, arm.validation.values) for arm in summarise([plain, dropped])] == [
+        ("a", (10.0,)),
+        ("a (dropout=0.3)", (9.0,)),
+    ]
+
+
 def test_a_run_made_twice_counts_once():
     (a,) = summarise([ROWS[0], ROWS[3], row("a", 1e-3, 0, 10.5)])
     assert a.seeds == (0, 1) and a.validation.values == (10.0, 12.0)

@@ -16,6 +16,9 @@ from resnet_bk.ops.linear_cross_entropy import linear_cross_entropy
 if TYPE_CHECKING:
     from resnet_bk.models.resnet_bk import LanguageModel, ModelState
 
+_FLOOR = 0.3
+"""On words of WikiText-2 a third of this diverged at rates at which this gains most; three times this gained as much."""
+
 
 def evaluate_dynamic(
     model: LanguageModel,
@@ -36,8 +39,8 @@ def evaluate_dynamic(
         theta <- theta - rate g / s + decay min(1, s / mean s) (theta_0 - theta),
 
     where g is the gradient of a segment's mean loss, theta_0 the trained parameters, and s the root mean square of g
-    over segments of the training text plus a tenth of its mean over all parameters. The parameters are afterwards what
-    they were before.
+    over segments of the training text plus 0.3 times the same over all parameters. That keeps words which those segments
+    do not contain from taking steps without measure. The parameters are afterwards what they were before.
 
     Args:
         model: in evaluation mode for the duration; its parameters must be of a floating dtype that can take small
@@ -120,8 +123,8 @@ def _gradient_sizes(model: LanguageModel, tokens: Tokens, segment_length: int, s
                 if parameter.grad is not None:
                     square.addcmul_(parameter.grad, parameter.grad)
     sizes = [square.div_(count).sqrt_() for square in squares]
-    floor = sum(float(size.double().sum()) for size in sizes) / sum(size.numel() for size in sizes) / 10
-    return [size.add_(floor) for size in sizes]
+    everywhere = sum(float(size.double().square().sum()) for size in sizes) / sum(size.numel() for size in sizes)
+    return [size.add_(_FLOOR * math.sqrt(everywhere)) for size in sizes]
 
 
 def _segment_losses(model: LanguageModel, ids: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
