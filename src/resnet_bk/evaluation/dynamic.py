@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resnet_bk.models.resnet_bk import LanguageModel, ModelState
 
 _FLOOR = 0.3
-"""On words of WikiText-2 a third of this diverged at rates at which this gains most; three times this gained as much."""
+"""On words of WikiText-2 a third of this diverged at rates where this gains most; three times this gained as much."""
 
 
 def evaluate_dynamic(
@@ -39,8 +39,8 @@ def evaluate_dynamic(
         theta <- theta - rate g / s + decay min(1, s / mean s) (theta_0 - theta),
 
     where g is the gradient of a segment's mean loss, theta_0 the trained parameters, and s the root mean square of g
-    over segments of the training text plus 0.3 times the same over all parameters. That keeps words which those segments
-    do not contain from taking steps without measure. The parameters are afterwards what they were before.
+    over segments of the training text plus 0.3 times the same over all parameters, which keeps words that are not in
+    those segments from taking steps without measure. The parameters are afterwards what they were before.
 
     Args:
         model: in evaluation mode for the duration; its parameters must be of a floating dtype that can take small
