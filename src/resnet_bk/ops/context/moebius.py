@@ -67,7 +67,7 @@ def compose_sites(
     Args:
         detuning: as in `causal_resolvent`.
         absorption: the same.
-        backend: "triton" composes stretches of sites by a kernel and only their maps in a tree; others all in the tree.
+        backend: "triton" composes by kernels, stretches of sites first; others pairs, in a tree.
 
     Cost: O(batch * time * heads) work in log2(time) steps; memory of a few thousand sites.
     Source: MATH theorem 6: composing and carrying in float64 whatever the precision of the sites.
@@ -89,10 +89,9 @@ def _compose_by_kernel(detuning: Tensor, absorption: Tensor) -> MoebiusMap:
 
     rows = detuning.shape[0]
     maps, log_scale = moebius_maps_op(detuning.flatten(0, 1), absorption.flatten(0, 1), rows)
-    # [column, row, part]; the columns come as (b, d), (a, c).
+    # [batch, column, row, part, heads]; the columns come as (b, d), (a, c).
     columns = maps.unflatten(1, (2, 2, 2)).flip(1)
-    entries = torch.view_as_complex(columns.permute(2, 1, 0, 4, 3).contiguous())
-    return _compose_maps(_rescaled(entries.unflatten(2, (rows, -1)), log_scale.unflatten(0, (rows, -1))))
+    return _rescaled(torch.view_as_complex(columns.permute(2, 1, 0, 4, 3).contiguous()), log_scale)
 
 
 def _compose_block(alpha: Tensor) -> MoebiusMap:

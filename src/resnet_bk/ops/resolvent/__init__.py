@@ -51,6 +51,7 @@ def causal_resolvent(
     initial: GreenState | None = None,
     cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     backend: Backend = "auto",
+    check: bool = True,
 ) -> tuple[tuple[Float[Tensor, "batch time heads"], Float[Tensor, "batch time heads"]], GreenState]:
     r"""Half-line Green function of every leading block of an absorbing Jacobi matrix.
 
@@ -63,6 +64,7 @@ def causal_resolvent(
         cu_seqlens: boundaries 0 = b_0 < ... < b_documents = time of documents packed along time (batch 1); every
             document starts from its own m_0.
         backend: "reference" is the sequential sweep, "chunked" the three-pass form on any device, "triton" its kernels.
+        check: look whether the values lie in the domain; whoever knows it saves a wait for the device.
 
     Returns:
         Real and imaginary part of m, float32 or wider, and the state that continues the sweep (one row a document
@@ -95,7 +97,7 @@ def causal_resolvent(
     if initial is None:
         initial = GreenState(delta.new_zeros(rows, heads), delta.new_zeros(rows, heads))
     lead = [part.contiguous() for part in _rows_of(initial, rows, heads, dtype)]
-    if _may_wait(delta):
+    if check and _may_wait(delta):
         _check_domain(detuning, absorption, lead)
     if chosen == "reference":
         real, imag = causal_resolvent_reference(delta, eta, lead[0], lead[1], bounds)

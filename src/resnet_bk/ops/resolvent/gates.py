@@ -48,10 +48,9 @@ def decaying_root(
     Theorem: |m| < 1 and Im m > 0. Exact to rounding of |m|; the imaginary part to rounding of itself.
     Source: m = 2 / w^2 with w = sqrt(alpha / 2 + 1) + sqrt(alpha / 2 - 1), a sum without cancellation.
     """
-    below = _principal_root(detuning / 2 - 1, absorption / 2)
-    above = _principal_root(detuning / 2 + 1, absorption / 2)
+    half = detuning / 2
     # 1 / w = x + i y; both are positive, so no sine of an angle near pi loses the sign of Im m.
-    x, y = below[0] + above[0], below[1] + above[1]
+    x, y = (part.sum(0) for part in _principal_root(torch.stack((half - 1, half + 1)), absorption / 2))
     square = x * x + y * y
     x, y = x / square, y / square
     return 2 * (x - y) * (x + y), 4 * x * y

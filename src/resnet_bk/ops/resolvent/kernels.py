@@ -100,10 +100,10 @@ def causal_resolvent_adjoint_op(
 
 @torch.library.custom_op("resnet_bk::moebius_maps_triton", mutates_args=())
 def moebius_maps_op(detuning: Tensor, absorption: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Moebius maps of stretches of sites [tokens, heads], in the order of the sites; no gradients.
+    """Moebius maps of rows of sites [tokens, heads], one after the other and equally long; no gradients.
 
-    Returns float64 entries (b, d, a, c) as real and imaginary parts [stretches, 8, heads], m -> (a m + b) / (c m + d),
-    and the logs of what they were divided by [stretches, heads]; every row has equally many stretches.
+    Returns float64 entries (b, d, a, c) as real and imaginary parts [rows, 8, heads], m -> (a m + b) / (c m + d), and
+    the logs of what they were divided by [rows, heads].
     """
     verify_maps(detuning.device)
     medium = Medium("plain", _dense(detuning), _dense(absorption))
@@ -171,9 +171,8 @@ def _(m_real, m_imag, initial_real, initial_imag, grad_real, grad_imag, cu_seqle
 
 @moebius_maps_op.register_fake
 def _(detuning, absorption, rows):
-    slots, heads = layout(detuning, rows, None).slots, detuning.shape[1]
-    maps = detuning.new_empty((slots, 8, heads), dtype=torch.float64)
-    return maps, maps.new_empty(slots, heads)
+    maps = detuning.new_empty((rows, 8, detuning.shape[1]), dtype=torch.float64)
+    return maps, maps.new_empty(rows, detuning.shape[1])
 
 
 def _save_gates(ctx, inputs, output) -> None:

@@ -22,6 +22,8 @@ _LANES = 32
 # The carry cuts the slots into so many groups, and one program walks all groups of so many heads.
 _GROUPS = 64
 _GROUP_HEADS = 2
+# Maps that one lane composes at a time: two rounds for a thousand of them.
+_FOLDED = 32
 # Sites per slot, a multiple of a tile. Below the smallest, programs would mostly find out where they are.
 _CHUNKS = (16, 32, 64, 128, 256)
 
@@ -139,12 +141,26 @@ def forward(medium: Medium, layout: Layout, save: bool) -> tuple[Tensor, ...]:
 
 
 def compose(medium: Medium, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Moebius maps of the slots' sites alone [slots, 8, heads], and the logs of what their entries were divided by."""
+    """Moebius maps of the rows' sites [rows, 8, heads], and the logs of what their entries were divided by.
+
+    First of every slot, then of groups of these, until one is left of a row: three launches for 65,536 sites, where
+    products of tensors in a tree would keep the host busy for longer than the device.
+    """
     maps = medium.detuning.new_empty((layout.slots, 8, layout.heads), dtype=torch.float64)
     log_scale = maps.new_empty(layout.slots, layout.heads)
     operands = medium.arguments("detuning", "absorption", "scale")
     with torch.cuda.device_of(maps):
         passes.compose_kernel[layout.grid](maps, log_scale, **operands, **layout.arguments())
+        while (stretches := maps.shape[0] // layout.rows) > 1:
+            groups = _ceil(stretches, _FOLDED)
+            folded = maps.new_empty(layout.rows * groups, 8, layout.heads)
+            folded_scale = maps.new_empty(layout.rows * groups, layout.heads)
+            lanes = folded_scale.numel()
+            passes.fold_kernel[(_ceil(lanes, _LANES),)](
+                folded, folded_scale, maps, log_scale, stretches, groups, layout.heads, lanes,
+                GROUP=_FOLDED, LANES=_LANES, num_warps=1,
+            )  # fmt: skip
+            maps, log_scale = folded, folded_scale
     return maps, log_scale
 
 

@@ -96,25 +96,22 @@ def verify_resolvent(device: torch.device, packed: bool) -> None:
 
 
 def verify_maps(device: torch.device) -> None:
-    """Check the composed maps of stretches of sites on their first use; raises `BackendError` if they are wrong."""
+    """Check the composed maps of rows of sites on their first use; raises `BackendError` if they are wrong."""
 
     def measure() -> dict[str, tuple[float, float]]:
         delta, eta = _random(torch.Generator().manual_seed(0), *[(_TOKENS, _HEADS)] * 2)
         eta.abs_().add_(0.05)
-        _, truth = causal_resolvent(
+        sites, _ = causal_resolvent(
             _batch(delta.double(), False), _batch(eta.double(), False), backend="reference"
         )  # from a wall
+        m = torch.complex(*sites)
         maps, log_scale = compose(
             Medium("plain", delta.to(device), eta.to(device)), Layout(_TOKENS, _HEADS, _ROWS, None)
         )
-        parts = maps.cpu().unflatten(0, (_ROWS, -1)).unflatten(2, (4, 2))
-        b, d, a, c = torch.complex(parts[..., 0, :], parts[..., 1, :]).unbind(2)
-        m = torch.zeros_like(b[:, 0])
-        for stretch in range(b.shape[1]):
-            m = (a[:, stretch] * m + b[:, stretch]) / (c[:, stretch] * m + d[:, stretch])
-        # Sites have determinant 1; a difference of products keeps some digits of it over so few.
-        scale = torch.exp(-2 * log_scale.cpu()).unflatten(0, (_ROWS, -1))
-        pairs = {"m": (m, torch.complex(*truth), 1e-10), "determinant": (a * d - b * c, scale, 1e-6)}
+        parts = maps.cpu().unflatten(1, (4, 2))
+        b, d = torch.complex(parts[:, :2, 0], parts[:, :2, 1]).unbind(1)  # (a m + b) / (c m + d) at m = 0
+        slope = torch.exp(-2 * log_scale.cpu()) / d.square()
+        pairs = {"m": (b / d, m[:, -1], 1e-10), "slope": (slope, m.square().prod(1), 1e-9)}
         return {name: (((x - y).norm() / y.norm()).item(), bound) for name, (x, y, bound) in pairs.items()}
 
     verify_once("moebius_maps", device, measure)

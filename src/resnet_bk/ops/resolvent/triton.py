@@ -369,6 +369,30 @@ def compose_kernel(
 
 
 @_kernel
+def fold_kernel(
+    folded, folded_scale, maps, log_scale, stretches, groups, heads, lanes, GROUP: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Moebius map of every group of a row's neighbouring stretches, and the log of what its entries were divided by."""
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    live = lane < lanes
+    head, place = lane % heads, lane // heads
+    row, group = place // groups, place % groups
+    zero = tl.zeros_like(lane).to(tl.float64)
+    whole = (zero, zero, zero + 1.0, zero, zero + 1.0, zero, zero, zero)
+    divided = zero
+    for s in range(0, GROUP):
+        stretch = group * GROUP + s
+        inside = live & (stretch < stretches)
+        slot = row * stretches + stretch
+        whole = _composed(whole, _load_map(maps, slot, heads, head, inside))
+        divided += tl.load(log_scale + slot.to(tl.int64) * heads + head, mask=inside, other=0.0)
+        divided -= _log_of(_scale_of(whole[2], whole[3]))
+        whole = _rescaled(whole)
+    _store_map(folded, place, heads, head, live, whole)
+    tl.store(folded_scale + place.to(tl.int64) * heads + head, divided, mask=live)
+
+
+@_kernel
 def carry_kernel(
     carried, group_maps, maps, slots, heads, per_group, GROUPS: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip

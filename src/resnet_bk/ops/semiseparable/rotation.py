@@ -16,8 +16,10 @@ def rotary_frequencies(
     Of the pairs only this `fraction`, the fastest, turn at all; the others have frequency 0.
     """
     half = state_size // 2
-    pair = torch.arange(half, dtype=torch.float64, device=device)
-    return torch.where(pair < fraction * half, base ** (-pair / half), 0.0)
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    if fraction < 1:
+        frequencies[math.ceil(fraction * half) :] = 0
+    return frequencies
 
 
 def phase_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
