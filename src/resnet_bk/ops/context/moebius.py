@@ -1,4 +1,4 @@
-"""Moebius maps of segments of sites: composed in a tree, applied, differentiated; complex128 throughout."""
+"""Moebius maps of segments of sites: composed, applied, differentiated; complex128 throughout."""
 
 from __future__ import annotations
 
