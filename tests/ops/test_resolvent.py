@@ -185,6 +185,7 @@ class TestBadInput:
         absorption[1, 4, 2] = value
         with pytest.raises(DomainError, match=r"absorption is .* at \[batch, time, head\] = \[1, 4, 2\]"):
             causal_resolvent(detuning, absorption)
+        causal_resolvent(detuning, absorption, check=False)  # the caller's word is taken
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_detuning(self, value):
