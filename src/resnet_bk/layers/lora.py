@@ -32,7 +32,8 @@ def pack_int4(
     """
     _check_groups(tuple(weight.shape), group)
     groups = weight.detach().float().unflatten(1, (-1, group))
-    scales = (groups.abs().amax(2) / 7).half()
+    # A GPU divides by a constant by multiplying with its reciprocal, so that codes would differ from a CPU's.
+    scales = (groups.abs().amax(2) * (1 / 7)).half()
     if not bool(torch.isfinite(scales).all()):
         raise DomainError("weight holds numbers that are not finite, or beyond 7 * 65504; scales are float16.")
     # A group of zeros, or of numbers so small that their scale is zero, is zero.
