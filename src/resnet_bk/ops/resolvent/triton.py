@@ -1,5 +1,7 @@
 """Triton kernels of the causal resolvent and the flux gates: three passes forward, three backward; see DERIVATION.md.
 
+`fold_kernel` composes the maps of whole rows, for sequences that ranks share.
+
 A lane is one head of one *slot*, a stretch of up to `chunk` tokens of one row (a sequence of the batch or a packed
 document). Slots never cross rows, so no loop over sites looks for document starts; the first slot of a row composes
 to a constant map instead. Loops take `_SITES` sites at a time and begin with all their loads.
