@@ -155,7 +155,7 @@ class _EnteringGreen(torch.autograd.Function):
             behind = cotangents[rank] + slopes[rank].conj() * behind
         with torch.enable_grad():
             sites = [part.detach().requires_grad_() for part in (detuning, absorption)]
-            # The forward pass went through these sites; a look at their domain would wait for the device in every layer.
+            # The forward pass went through these sites; a look at their domain would wait for the device every time.
             _, last = causal_resolvent(*sites, initial=GreenState(real, imag), check=False)
             found = torch.autograd.grad(last, sites, [part.to(real.dtype) for part in (behind.real, behind.imag)])
         start = torch.zeros_like(behind)
