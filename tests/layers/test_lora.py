@@ -115,7 +115,7 @@ def test_a_gpu_packs_and_multiplies_as_a_cpu_does():
     for layer in layers:
         device = layer.codes.device
         layer.pack(weight.to(device))
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         layer(leaf).square().sum().backward()
         found.append([layer.codes, layer.scales, leaf.grad, layer.adapter_out.grad])
     for on_cpu, on_gpu in zip(*found, strict=True):

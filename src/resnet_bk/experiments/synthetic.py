@@ -182,19 +182,21 @@ def train_on_task(
     model.segment_tokens = max(model.segment_tokens, training.batch_size * task.length)
     model.train()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    loss, stopped, step = math.inf, "steps", 0
+    loss, stopped, step, tokens = math.inf, "steps", 0, 0
     while step < budget.steps:
-        batch = task.sample(training.batch_size, generator)
+        length = task.training_length(step)
+        rows = budget.rows(length)
+        batch = task.sample(rows, generator, length=length)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, training)
         try:
-            sums += _train_step(model, optimizer, batch, task.scored(task.length), budget.gradient_clip_norm, precision)
+            sums += _train_step(model, optimizer, batch, task.scored(length), budget.gradient_clip_norm, precision)
         except DomainError:
             if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
                 raise
             loss, stopped = math.inf, "diverged"  # an operator refused to work on what was left of the parameters
             break
-        step += 1
+        step, tokens = step + 1, tokens + rows * length
         if step % _LOOK_EVERY and step < budget.steps:
             continue
         total, right, scored = sums.tolist()
@@ -219,7 +221,7 @@ def train_on_task(
         evaluations=evaluations,
         loss=loss,
         steps=step,
-        tokens=step * training.batch_size * task.length,
+        tokens=tokens,
         wall_seconds=time.monotonic() - started,
         stopped=stopped,
     )

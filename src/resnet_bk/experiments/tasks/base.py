@@ -72,6 +72,10 @@ class Task(ABC):
     def scored(self, length: int) -> int:
         """Most labels that are scored in a row of `length` tokens."""
 
+    def training_length(self, step: int) -> int:
+        """Tokens of a row in the training batch of this step."""
+        return self.length
+
     @abstractmethod
     def draw(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         """Rows of a valid length; `sample` checks and calls it."""

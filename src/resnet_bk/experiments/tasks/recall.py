@@ -33,6 +33,9 @@ class AssociativeRecall(Task):
     """Key-value pairs a row."""
     fewest_pairs: int = 0
     """Training rows hold a log-uniform number of pairs from here to `pairs`; 0 = all hold `pairs`."""
+    shortest_length: int = 0
+    """Training batches take turns between rows of `length`, half of it and so on down to this, with pairs in
+    proportion; 0 = all rows have `length`."""
     evaluation_pairs: tuple[int, ...] = ()
     """Other numbers of pairs to evaluate with, where a row has room."""
     vocabulary: int = 8192
@@ -49,6 +52,11 @@ class AssociativeRecall(Task):
             raise ConfigError(f"recall.pairs is {self.pairs}; expected 1 to {most}, vocabulary / 2 - 1.")
         if not 0 <= self.fewest_pairs <= self.pairs:
             raise ConfigError(f"recall.fewest_pairs is {self.fewest_pairs}; expected 0 to {self.pairs}, the pairs.")
+        if self.shortest_length and not self.length >= self.shortest_length >= self.length / self.pairs:
+            raise ConfigError(
+                f"recall.shortest_length is {self.shortest_length}; expected 0, or {self.length // self.pairs} (one pair "
+                f"a row) to {self.length}, the length."
+            )
         super().__post_init__()
 
     @property
@@ -59,7 +67,17 @@ class AssociativeRecall(Task):
     @property
     def shortest(self) -> int:
         """Two tokens a pair and two a query."""
-        return 4 * self.pairs
+        return 4 * self._most(self.shortest_length or self.length)
+
+    def _most(self, length: int) -> int:
+        """Most pairs in a row of `length` tokens."""
+        return max(1, self.pairs * length // self.length) if self.shortest_length and length < self.length else self.pairs
+
+    def training_length(self, step: int) -> int:
+        """`length`, half of it and so on, from step to step."""
+        if not self.shortest_length:
+            return self.length
+        return self.length >> step % ((self.length // self.shortest_length).bit_length())
 
     @property
     def chance(self) -> float:
@@ -68,11 +86,11 @@ class AssociativeRecall(Task):
 
     def scored(self, length: int) -> int:
         """One label a query."""
-        return self.pairs
+        return self._most(length)
 
     def evaluations(self) -> dict[str, Task]:
         """Rows that all hold `pairs` pairs, and as many as `evaluation_pairs` says."""
-        whole = dataclasses.replace(self, fewest_pairs=0, evaluation_pairs=())
+        whole = dataclasses.replace(self, fewest_pairs=0, shortest_length=0, evaluation_pairs=())
         found: dict[str, Task] = {"": whole}
         for pairs in self.evaluation_pairs:
             lengths = tuple(length for length in self.evaluation_lengths if length >= 4 * pairs)
@@ -83,14 +101,15 @@ class AssociativeRecall(Task):
 
     def draw(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         """Rows of a valid length."""
-        device, half, pairs = generator.device, self.vocabulary // 2, self.pairs
+        device, half, pairs = generator.device, self.vocabulary // 2, self._most(length)
         keys = 1 + subsets(batch, pairs, half - 1, generator)
         values = half + subsets(batch, pairs, self.vocabulary - half, generator)
         held = torch.full((batch, 1), pairs, device=device)
         if self.fewest_pairs:
             place = torch.rand(batch, 1, generator=generator, device=device)
-            span = math.log((pairs + 1) / self.fewest_pairs)
-            held = (self.fewest_pairs * (span * place).exp()).long().clamp_(max=pairs)  # the largest place rounds up
+            fewest = min(self.fewest_pairs, pairs)
+            span = math.log((pairs + 1) / fewest)
+            held = (fewest * (span * place).exp()).long().clamp_(max=pairs)  # the largest place rounds up
         # Gumbel noise on log weights: the largest values are draws without replacement.
         slots = torch.arange((length - 2) // 2, device=device)
         uniform = torch.rand(batch, slots.numel(), generator=generator, device=device, dtype=torch.float64)
