@@ -40,6 +40,8 @@ COMBINATIONS += [
     dict(peierls_pairs=4, source="free", sites_per_token=3, green_readout=True),
     dict(peierls_pairs=1, source="free", kernel="transmission", phase_coupling=True),
     dict(rotary_fraction=0.25),
+    dict(key_shift=True),
+    dict(key_shift=True, peierls_pairs=3, source="free"),
     dict(rotary_fraction=0.0, peierls_pairs=3, source="free"),
 ]
 COMBINATIONS += [
@@ -105,6 +107,8 @@ def written_out(mixer, u):
     """Output of the mixer from its equations: one dense time-by-time kernel a head."""
     c = mixer.config
     z, x, k, q, a, e, s, *turns = mixer.in_proj(u).split(mixer.sizes, -1)
+    if c.key_shift:
+        k = k + mixer.key_shift * F.pad(k, (0, 0, 1, 0))[:, :-1]
     k, q = (normed(part, c) for part in (k, q))
     k, q = k[:, :, None] + mixer.key_bias, q[:, :, None] + mixer.query_bias
     eta = F.softplus(e + mixer.absorption_bias) + c.absorption_floor

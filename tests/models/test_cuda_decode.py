@@ -44,9 +44,11 @@ def without_graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("source", ["gated", "free", "unit"])
-def test_graph_and_separate_steps_and_cpu_say_the_same(monkeypatch, source, options):
-    model, on_cpu = make_model(source=source), make_model(device="cpu", source=source)
+@pytest.mark.parametrize(
+    "changes", [{}, {"source": "free"}, {"source": "unit"}, {"key_shift": True}], ids=lambda c: "-".join(map(str, c))
+)
+def test_graph_and_separate_steps_and_cpu_say_the_same(monkeypatch, changes, options):
+    model, on_cpu = make_model(**changes), make_model(device="cpu", **changes)
     assert captures(model)
     ours = complete(model, make_prompts(), max_new_tokens=40, **options)
     theirs = complete(on_cpu, make_prompts(), max_new_tokens=40, **options)

@@ -22,6 +22,7 @@ OPTIONS = {
     "phases": dict(phase_coupling=True),
     "semiclassical": dict(dynamics="semiclassical", phase_coupling=True),
     "decay": dict(dynamics="decay_only"),
+    "shift": dict(key_shift=True),
     "untied": dict(tie_embeddings=False),
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

@@ -24,15 +24,18 @@ def build(source="gated", seed=0, **changes):
     with torch.no_grad():
         for parameter in (mixer.query_bias, mixer.key_bias, mixer.skip, mixer.norm_weight, mixer.potential_scale):
             parameter.add_(0.3 * torch.randn_like(parameter))
+        if mixer.key_shift is not None:
+            mixer.key_shift.add_(0.3 * torch.randn_like(mixer.key_shift))
     return mixer
 
 
 def fused(mixer, projection, state, cu_seqlens):
-    out, mix, green = mixer_core(
+    out, mix, green, key = mixer_core(
         projection,
         mixer.step_parameters,
         None if state is None else state.mix,
         None if state is None else state.green,
+        previous=None if state is None else state.key,
         cu_seqlens=cu_seqlens,
         source=mixer.config.source,
         absorption_floor=mixer.config.absorption_floor,
@@ -40,14 +43,14 @@ def fused(mixer, projection, state, cu_seqlens):
         rotary_fraction=mixer.config.rotary_fraction,
         epsilon=mixer.config.norm_epsilon,
     )
-    return out, mix, green
+    return out, mix, green, key
 
 
 def apart(mixer, projection, state, cu_seqlens):
     """By the reference's operators, one after the other."""
     gate, *operands = projection.split(mixer.sizes, dim=-1)
     y, _, after = mixer.mix(*operands, state=state, cu_seqlens=cu_seqlens)
-    return gated_norm(y, gate, mixer.norm_weight, epsilon=mixer.config.norm_epsilon), after.mix, after.green
+    return gated_norm(y, gate, mixer.norm_weight, epsilon=mixer.config.norm_epsilon), after.mix, after.green, after.key
 
 
 def gradients(run, mixer, projection, state, cu_seqlens):
@@ -59,9 +62,11 @@ def gradients(run, mixer, projection, state, cu_seqlens):
         leaves |= {"real": state.green.real.detach().clone().requires_grad_()}
         leaves |= {"imag": state.green.imag.detach().clone().requires_grad_()}
         mix = MixState(leaves["memory"], state.mix.position)
-        state = MixerState(mix, GreenState(leaves["real"], leaves["imag"]))
-    out, mix, green = run(mixer, leaves["projection"], state, cu_seqlens)
-    outputs = {"out": out, "after": mix.memory, "m": torch.stack(green)}
+        if state.key is not None:
+            leaves |= {"key": state.key.detach().clone().requires_grad_()}
+        state = MixerState(mix, GreenState(leaves["real"], leaves["imag"]), key=leaves.get("key"))
+    out, mix, green, key = run(mixer, leaves["projection"], state, cu_seqlens)
+    outputs = {"out": out, "after": mix.memory, "m": torch.stack(green)} | ({} if key is None else {"last key": key})
     loss = sum(
         (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(DEVICE)).sum()
         for x in outputs.values()
@@ -72,16 +77,20 @@ def gradients(run, mixer, projection, state, cu_seqlens):
 
 
 @pytest.mark.parametrize(
-    "source, bounds, given, fraction",
+    "source, bounds, given, changes",
     [
-        ("gated", None, False, 1.0),
-        ("gated", [0, 1, 66, 90], True, 0.25),
-        ("free", None, True, 1.0),
-        ("unit", [0, 1, 66, 90], False, 1.0),
+        ("gated", None, False, {}),
+        ("gated", [0, 1, 66, 90], True, {"rotary_fraction": 0.25}),
+        ("free", None, True, {}),
+        ("unit", [0, 1, 66, 90], False, {}),
+        ("gated", None, False, {"key_shift": True}),
+        ("gated", None, True, {"key_shift": True}),
+        ("free", [0, 1, 66, 90], True, {"key_shift": True}),
+        ("unit", [0, 1, 66, 90], False, {"key_shift": True}),
     ],
 )
-def test_equals_the_operators_apart(source, bounds, given, fraction):
-    mixer = build(source, rotary_fraction=fraction)
+def test_equals_the_operators_apart(source, bounds, given, changes):
+    mixer = build(source, **changes)
     batch, time = (2, 90) if bounds is None else (1, 90)
     rows = batch if bounds is None else len(bounds) - 1
     config, generator = mixer.config, torch.Generator().manual_seed(2)
@@ -92,12 +101,14 @@ def test_equals_the_operators_apart(source, bounds, given, fraction):
     projection = draw(batch, time, sum(mixer.sizes)).to(DEVICE)
     memory = draw(rows, config.num_heads, config.state_size, config.head_dim).to(DEVICE)
     green = GreenState(draw(rows, config.num_heads).to(DEVICE), 0.1 + draw(rows, config.num_heads).abs().to(DEVICE))
-    state = MixerState(MixState(memory, torch.arange(rows, device=DEVICE) * 1000), green) if given else None
+    key = draw(rows, config.state_size).to(DEVICE) if config.key_shift else None
+    state = MixerState(MixState(memory, torch.arange(rows, device=DEVICE) * 1000), green, key=key) if given else None
     packed = None if bounds is None else torch.tensor(bounds, device=DEVICE)
     truth, position = gradients(apart, mixer.double(), projection, state, packed)
     narrow = None
     if given:
-        narrow = MixerState(MixState(memory.float(), state.mix.position), GreenState(*(part.float() for part in green)))
+        narrow = (MixState(memory.float(), state.mix.position), GreenState(*(part.float() for part in green)))
+        narrow = MixerState(*narrow, key=None if key is None else key.float())
     found, counted = gradients(fused, mixer.float(), projection.float(), narrow, packed)
     assert torch.equal(position, counted)
     for name, expected in truth.items():
@@ -105,26 +116,28 @@ def test_equals_the_operators_apart(source, bounds, given, fraction):
         assert error < 1e-5, (name, error)
 
 
-def test_splits_continue():
-    mixer = build()
+@pytest.mark.parametrize("shift", [False, True])
+def test_splits_continue(shift):
+    mixer = build(key_shift=shift)
     projection = torch.randn(1, 100, sum(mixer.sizes), device=DEVICE)
     with torch.no_grad():
-        whole, mix, green = fused(mixer, projection, None, None)
+        whole, mix, green, _ = fused(mixer, projection, None, None)
         state, parts = None, []
         for begin, end in pairwise((0, 1, 64, 71, 100)):
-            out, *after = fused(mixer, projection[:, begin:end], state, None)
-            state = MixerState(*after)
+            out, *after, key = fused(mixer, projection[:, begin:end], state, None)
+            state = MixerState(*after, key=key)
             parts.append(out)
     assert (torch.cat(parts, 1) - whole).norm() < 1e-5 * whole.norm()
     assert (state.mix.memory - mix.memory).norm() < 1e-5 * mix.memory.norm()
     assert (torch.stack(state.green) - torch.stack(green)).norm() < 1e-5 * torch.stack(green).norm()
 
 
-def test_registration():
-    mixer = build()
+@pytest.mark.parametrize("shift", [False, True])
+def test_registration(shift):
+    mixer = build(key_shift=shift)
     projection = torch.randn(1, 20, sum(mixer.sizes), device=DEVICE, requires_grad=True)
     frequencies = torch.ones(mixer.config.state_size // 2, dtype=torch.float64, device=DEVICE)
-    arguments = (projection, *mixer.step_parameters, frequencies, *[None] * 6, 1e-3, "gated", 1e-5, True)
+    arguments = (projection, *mixer.step_parameters, frequencies, *[None] * 7, 1e-3, "gated", 1e-5, True)
     torch.library.opcheck(mixer_core_op, arguments, test_utils=("test_schema", "test_autograd_registration"))
     torch.library.opcheck(mixer_core_op, (*arguments[:-1], False), test_utils=("test_faketensor",))
 

@@ -19,7 +19,9 @@ SOURCES = ("gated", "free", "unit")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
-def make_case(batch, heads, state, value, *, source="gated", dtype=torch.float32, position=1_000_003, device=DEVICE):
+def make_case(
+    batch, heads, state, value, *, source="gated", dtype=torch.float32, position=1_000_003, device=DEVICE, shift=False
+):
     """A random projection in `dtype`, parameters in `dtype`, and a float32 state far into a text."""
     generator = torch.Generator().manual_seed(batch)
 
@@ -32,8 +34,9 @@ def make_case(batch, heads, state, value, *, source="gated", dtype=torch.float32
     projection = draw(batch, width + 3)[:, :width]
     scalars = [draw(heads) for _ in range(5)]
     parameters = StepParameters(
-        draw(heads, state), draw(heads, state), *scalars[:4], None if source == "unit" else scalars[4], draw(inner)
-    )
+        draw(heads, state), draw(heads, state), *scalars[:4], None if source == "unit" else scalars[4], draw(inner),
+        draw(state) if shift else None,
+    )  # fmt: skip
     mix = MixState(
         draw(batch, heads, state, value, to=torch.float32), position + torch.arange(batch, device=device) * 77_777
     )
@@ -98,6 +101,28 @@ def test_the_kernel_errs_no_more_than_plain_pytorch(shape, source, dtype):
     for name, tensor in flat(ours).items():
         # The floor is two roundings of float32, for the tiny cases in which plain PyTorch is lucky.
         assert error(tensor, truth[name]) <= 2 * error(plain[name], truth[name]) + 1.2e-7, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 2, 32, 16), (2, 3, 24, 12)], ids=str)
+def test_keys_that_know_the_token_before(shape, dtype):
+    case = make_case(*shape, dtype=dtype, shift=True)
+    projection, parameters, mix, green = case
+    batch, heads, state, value = shape
+    previous = torch.randn(batch, state, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    # The same step without a shift, of a projection whose keys were shifted beforehand.
+    shifted = projection.double()
+    keys = slice(2 * heads * value, 2 * heads * value + state)
+    shifted[:, keys] += parameters.key_shift.double() * previous.double()
+    _, wide, *states = widened(case)
+    truth = flat(mixer_step(shifted, wide._replace(key_shift=None), *states, backend="reference"))
+    plain = flat(mixer_step(*case, previous=previous, backend="reference"))
+    for name, tensor in flat(mixer_step(*case, previous=previous, backend="triton")).items():
+        assert error(tensor, truth[name]) <= 2 * error(plain[name], truth[name]) + 1.2e-7, name
+    fresh = mixer_step(*case, previous=previous, backend="triton")[0]
+    assert torch.equal(mixer_step_(*case, previous=previous, backend="triton"), fresh)
+    with pytest.raises(ShapeError, match="previous goes with parameters.key_shift, which is there"):
+        mixer_step(*case)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -172,7 +197,7 @@ def test_operators_are_registered():
     from resnet_bk.ops.mixer_step import triton as kernels
 
     projection, parameters, mix, green = make_case(2, 2, 16, 8)
-    arguments = (projection, *parameters, *mix, *green, "gated", 1e-3, 1e4, 1.0, 1e-5)
+    arguments = (projection, *parameters, *mix, *green, None, "gated", 1e-3, 1e4, 1.0, 1e-5)
     torch.library.opcheck(kernels.mixer_step_triton, arguments)
     torch.library.opcheck(kernels.mixer_step_triton_, arguments)
 

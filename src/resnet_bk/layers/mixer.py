@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from resnet_bk.errors import ShapeError
 from resnet_bk.layers.phases import peierls_angles, running_sum
 from resnet_bk.layers.positional import PositionalPotential
-from resnet_bk.ops.context import Segment, entering_green, entering_memory
-from resnet_bk.ops.dispatch import choose_backend
+from resnet_bk.ops.context import Segment, entering_green, entering_last, entering_memory
+from resnet_bk.ops.dispatch import choose_backend, compute_dtype
 from resnet_bk.ops.gated_norm import gated_norm
+from resnet_bk.ops.key_shift import shift_keys
 from resnet_bk.ops.mixer_step import StepParameters, mixer_step, mixer_step_
 from resnet_bk.ops.resolvent import (
     GreenState,
@@ -52,6 +53,8 @@ class MixerState(NamedTuple):
     """Sum of scattering phases so far, float64 radians; only with phase coupling."""
     peierls: Float[Tensor, "rows heads*pairs"] | None = None
     """Sum of Peierls phases so far, float64 radians in [0, 2 pi); only with data-dependent ones."""
+    key: Float[Tensor, "rows state"] | None = None
+    """Key of the last token before any shift; only where keys know the token before."""
 
 
 class InPlaceState(MixerState):
@@ -108,6 +111,7 @@ class Mixer(nn.Module):
             self.position_scale = nn.Parameter(torch.empty(heads))
         if config.phase_coupling:
             self.phase_scale = nn.Parameter(torch.empty(heads))
+        self.key_shift = nn.Parameter(torch.empty(state)) if config.key_shift else None
         self.skip = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(inner))
         self.reset_parameters()
@@ -146,6 +150,8 @@ class Mixer(nn.Module):
             self.position_scale.fill_(1.0)
         if config.phase_coupling:
             self.phase_scale.zero_()
+        if self.key_shift is not None:
+            self.key_shift.zero_()
 
     def forward(
         self,
@@ -195,6 +201,7 @@ class Mixer(nn.Module):
             self.skip,
             None if self.config.source == "unit" else self.source_bias,
             self.norm_weight,
+            self.key_shift,
         )
 
     @property
@@ -225,10 +232,9 @@ class Mixer(nn.Module):
             from resnet_bk.ops.mixer_core import mixer_core
 
             memory, green = None if state is None else state.mix, self._initial_green(state)
-            out, mix, green = mixer_core(
-                projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **self._core_options
-            )
-            return out, MixerState(mix, green)
+            options = self._core_options | {"previous": None if state is None else state.key, "cu_seqlens": cu_seqlens}
+            out, mix, green, key = mixer_core(projection, self.step_parameters, memory, green, **options)
+            return out, MixerState(mix, green, key=key)
         gate, *operands = projection.split(self.sizes, dim=-1)
         y, gates, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens, segment=segment)
         if config.head_norm:
@@ -265,11 +271,16 @@ class Mixer(nn.Module):
             raise ShapeError(
                 f"A step takes one token and a state with a Green function; got {projection.shape[1]} and {held}."
             )
-        token, options = projection[:, 0], self._core_options
+        token, options = projection[:, 0], self._core_options | {"previous": state.key}
+        start = 2 * self.config.inner_dim
+        key = token[:, start : start + self.config.state_size]
         if isinstance(state, InPlaceState):
-            return mixer_step_(token, self.step_parameters, state.mix, state.green, **options), state
+            out = mixer_step_(token, self.step_parameters, state.mix, state.green, **options)
+            if state.key is not None:
+                state.key.copy_(key)
+            return out, state
         out, mix, green = mixer_step(token, self.step_parameters, state.mix, state.green, **options)
-        return out, MixerState(mix, green)
+        return out, MixerState(mix, green, key=None if state.key is None else key.to(state.key.dtype))
 
     def mix(
         self,
@@ -295,8 +306,14 @@ class Mixer(nn.Module):
             before, pairs = None if state is None else state.peierls, self.config.state_size // 2
             angle, peierls = peierls_angles(turn, gates.source, pairs, before, cu_seqlens, segment)
             gates = gates._replace(angle=angle if gates.angle is None else angle + gates.angle)
+        last = None
+        if self.key_shift is not None:
+            before = None if state is None else state.key
+            if segment is not None:
+                before = entering_last(key[:, -1].to(compute_dtype(key)), segment, first=before)
+            key, last = shift_keys(key, self.key_shift, before, cu_seqlens)
         y, mix = self._mixed(x, key, query, gates, state, cu_seqlens, segment)
-        return y, gates, MixerState(mix, green, free, phase, peierls)
+        return y, gates, MixerState(mix, green, free, phase, peierls, last)
 
     def _mixed(
         self,

@@ -72,6 +72,9 @@ class ModelConfig:
     """Absorptions start log-uniform between this and `absorption_stop`, above the floor."""
     absorption_stop: float = 4.0
     """Largest absorption at the start: the shortest memories last about 2 / `absorption_stop` tokens."""
+    key_shift: bool = False
+    """Add to every key a learned multiple, channel by channel, of the key before it, zero at the start: a value is then
+    found by the token before its own, which makes recall learnable in one layer."""
     potential_start: float = 0.0
     """Start of the factor of every head's potential; 0 is a quiet medium."""
     position_potential: PositionPotential = "none"

@@ -190,5 +190,6 @@ def owned(state: ModelState) -> ModelState:
     layers = []
     for mixer in mixers:
         green = GreenState(*(part.float().contiguous() for part in cast(GreenState, mixer.green)))
-        layers.append(InPlaceState(MixState(mixer.mix.memory.float().contiguous(), position), green))
+        key = None if mixer.key is None else mixer.key.float().contiguous()
+        layers.append(InPlaceState(MixState(mixer.mix.memory.float().contiguous(), position), green, key=key))
     return state._replace(layers=tuple(layers))

@@ -29,6 +29,7 @@ __all__ = [
     "SequenceGroup",
     "compose_sites",
     "entering_green",
+    "entering_last",
     "entering_memory",
     "entering_sum",
     "scan_affine",
@@ -174,6 +175,19 @@ def entering_sum(
     first = torch.zeros_like(total) if first is None else first.to(total.dtype)
     nothing = torch.zeros_like(total)
     entering = _EnteringAffine.apply(total[..., None, None], nothing, first[..., None, None], segment.group)
+    return entering[..., 0, 0]  # type: ignore[index]
+
+
+def entering_last(
+    last: Float[Tensor, "rows channels"], segment: Segment, *, first: Float[Tensor, "rows channels"] | None
+) -> Float[Tensor, "rows channels"]:
+    """What the rank before this one calls `last`; on the first rank `first`, None is zero. For what stands before.
+
+    Gradients and cost as in `entering_sum`.
+    """
+    first = torch.zeros_like(last) if first is None else first.to(last.dtype)
+    nothing_stays = torch.full_like(last, -torch.inf)
+    entering = _EnteringAffine.apply(last[..., None, None], nothing_stays, first[..., None, None], segment.group)
     return entering[..., 0, 0]  # type: ignore[index]
 
 

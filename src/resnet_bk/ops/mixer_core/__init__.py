@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet_bk.ops.dispatch import document_boundaries
 from resnet_bk.ops.gated_norm import triton as norm
+from resnet_bk.ops.key_shift import shift_keys, shift_keys_adjoint
 from resnet_bk.ops.mixer_step import Source, StepParameters
 from resnet_bk.ops.resolvent import GreenState
 from resnet_bk.ops.resolvent import kernels as gates
@@ -30,13 +31,14 @@ def mixer_core(
     mix: MixState | None,
     green: GreenState | None,
     *,
+    previous: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
     rotary_fraction: float = 1.0,
     epsilon: float = 1e-5,
-) -> tuple[Tensor, MixState, GreenState]:
+) -> tuple[Tensor, MixState, GreenState, Tensor | None]:
     """What a mixer with exact dynamics and flux kernel does between its projections; `mixer_step` for many tokens.
 
     Args:
@@ -44,6 +46,7 @@ def mixer_core(
         parameters: of any floating dtype.
         mix: memory and position before the first token of every row (document); None is empty.
         green: m before it [rows, heads]; None is the lead.
+        previous: k before it [rows, state]; None is zero, and all there is without `parameters.key_shift`.
         cu_seqlens: boundaries of documents packed along time (batch 1).
         source: weight of the token on entry.
         absorption_floor: smallest eta; > 0.
@@ -52,7 +55,8 @@ def mixer_core(
         epsilon: added to mean squares.
 
     Returns:
-        Output [batch, time, inner] in the dtype of `projection`, and the states after the last token of every row.
+        Output [batch, time, inner] in the dtype of `projection`, and the states after the last token of every row, the
+        last k among them (None without `parameters.key_shift`).
 
     Raises:
         ShapeError: boundaries that do not cover the tokens.
@@ -72,12 +76,14 @@ def mixer_core(
     if green is not None:
         real, imag = (part.float().broadcast_to(rows, heads) for part in green)
     frequencies = rotary_frequencies(state, rotary_base, rotary_fraction, device=projection.device)
-    tensors = (projection, *parameters, frequencies, memory, position, real, imag, bounds, cu_seqlens)
+    previous = None if parameters.key_shift is None or previous is None else previous.float()
+    tensors = (projection, *parameters, frequencies, memory, position, real, imag, previous, bounds, cu_seqlens)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    out, final, *last = mixer_core_op(*tensors, absorption_floor, source, epsilon, save)[:4]
+    out, final, *last, key = mixer_core_op(*tensors, absorption_floor, source, epsilon, save)[:5]
     lengths = time if bounds is None else bounds.diff().to(projection.device)
     start = torch.zeros(rows, dtype=torch.long, device=projection.device) if position is None else position
-    return out, MixState(final, start + lengths), GreenState(*last)
+    after = None if parameters.key_shift is None else key
+    return out, MixState(final, start + lengths), GreenState(*last), after
 
 
 class _Pieces:
@@ -93,11 +99,19 @@ class _Pieces:
         self.source = None if kind == "unit" else source
 
 
-def _parts(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, frequencies,
-           position, real, imag, bounds, cu_seqlens, floor, kind):  # fmt: skip
-    """Pieces, medium and layout of the gates, and what the mixing takes beside queries, keys, values and gates."""
+def _parts(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, key_shift,
+           frequencies, position, real, imag, previous, bounds, cu_seqlens, floor, kind):  # fmt: skip
+    """Pieces, medium and layout of the gates, what the mixing takes beside queries, keys, values and gates, and last k.
+
+    The keys are shifted already.
+    """
     heads, state = query_bias.shape
     pieces = _Pieces(projection, heads, state, kind)
+    last_key = projection.new_empty(0)
+    if key_shift is not None:
+        shape = projection.shape[:2]
+        keys, last_key = shift_keys(pieces.key.view(*shape, state), key_shift, previous, cu_seqlens)
+        pieces.key = keys.view_as(pieces.key)
     medium = gates.gates_medium(
         kind, pieces.potential, pieces.absorption, pieces.source, potential_scale, energy, absorption_bias, source_bias,
         floor, real, imag,
@@ -110,7 +124,7 @@ def _parts(projection, query_bias, key_bias, absorption_bias, potential_scale, e
         tokens = (pieces.query, pieces.key, pieces.value, log_decay, weight)
         return (*(x.unflatten(0, shape) for x in tokens), query_bias, key_bias, frequencies, skip)
 
-    return pieces, medium, layout, operands
+    return pieces, medium, layout, operands, last_key
 
 
 @torch.library.custom_op("resnet_bk::mixer_core", mutates_args=())
@@ -124,11 +138,13 @@ def mixer_core_op(
     skip: Tensor,
     source_bias: Tensor | None,
     norm_weight: Tensor,
+    key_shift: Tensor | None,
     frequencies: Tensor,
     memory: Tensor | None,
     position: Tensor | None,
     green_real: Tensor | None,
     green_imag: Tensor | None,
+    previous: Tensor | None,
     bounds: Tensor | None,
     cu_seqlens: Tensor | None,
     floor: float,
@@ -136,10 +152,10 @@ def mixer_core_op(
     epsilon: float,
     save: bool,
 ) -> list[Tensor]:
-    """Output, final memory, parts of the last m; and kept if `save`: outputs of the mixing, memories, m and gates."""
-    pieces, medium, layout, operands = _parts(
-        projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, frequencies,
-        position, green_real, green_imag, bounds, cu_seqlens, floor, kind,
+    """Output, final memory, parts of the last m, last k; and kept if `save`: outputs of the mixing, memories, m, gates."""
+    pieces, medium, layout, operands, last_key = _parts(
+        projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, key_shift,
+        frequencies, position, green_real, green_imag, previous, bounds, cu_seqlens, floor, kind,
     )  # fmt: skip
     scale = query_bias.shape[1] ** -0.5
     log_decay, weight, *m = resolvent.forward(medium, layout, save)
@@ -153,7 +169,7 @@ def mixer_core_op(
     y, final, kept = launch.forward(memory, save)
     out = norm.forward(y, pieces.gate, norm_weight, epsilon).unflatten(0, projection.shape[:2])
     saved = [y, kept, *m[2:], log_decay, weight]
-    return [out, final, *m[:2], *(x if save else x.new_empty(0) for x in saved)]
+    return [out, final, *m[:2], last_key, *(x if save else x.new_empty(0) for x in saved)]
 
 
 @torch.library.custom_op("resnet_bk::mixer_core_backward", mutates_args=())
@@ -167,11 +183,13 @@ def mixer_core_backward_op(
     skip: Tensor,
     source_bias: Tensor | None,
     norm_weight: Tensor,
+    key_shift: Tensor | None,
     frequencies: Tensor,
     memory: Tensor | None,
     position: Tensor | None,
     green_real: Tensor | None,
     green_imag: Tensor | None,
+    previous: Tensor | None,
     bounds: Tensor | None,
     cu_seqlens: Tensor | None,
     final: Tensor,
@@ -185,14 +203,15 @@ def mixer_core_backward_op(
     grad_final: Tensor | None,
     grad_real: Tensor | None,
     grad_imag: Tensor | None,
+    grad_key: Tensor | None,
     floor: float,
     kind: str,
     epsilon: float,
 ) -> list[Tensor]:
-    """Gradients of projection, the eight parameters, memory and both parts of m; empty where absent."""
-    pieces, medium, layout, operands = _parts(
-        projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, frequencies,
-        position, green_real, green_imag, bounds, cu_seqlens, floor, kind,
+    """Gradients of projection, the nine parameters, memory, both parts of m and k before; empty where absent."""
+    pieces, medium, layout, operands, _ = _parts(
+        projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, key_shift,
+        frequencies, position, green_real, green_imag, previous, bounds, cu_seqlens, floor, kind,
     )  # fmt: skip
     d_projection = torch.empty(projection.shape, dtype=projection.dtype, device=projection.device)
     heads, size = query_bias.shape
@@ -213,11 +232,17 @@ def mixer_core_backward_op(
     into.absorption.copy_(d_e)
     if into.source is not None:
         into.source.copy_(d_s)
+    d_shift = d_previous = None
+    if key_shift is not None:
+        shape = (*projection.shape[:2], size)
+        raw = _Pieces(projection, heads, size, kind).key.view(shape)
+        d_shift, d_previous = shift_keys_adjoint(into.key.view(shape), grad_key, raw, key_shift, previous, cu_seqlens)
     d_scale, d_energy, d_bias, d_source_bias = shared
     parameters = (
         (query_bias, found["query_bias"]), (key_bias, found["key_bias"]), (absorption_bias, d_bias),
         (potential_scale, d_scale), (energy, d_energy), (skip, found["skip"]), (source_bias, d_source_bias),
-        (norm_weight, d_norm), (memory, found["initial"]), (green_real, d_real), (green_imag, d_imag),
+        (norm_weight, d_norm), (key_shift, d_shift), (memory, found["initial"]), (green_real, d_real),
+        (green_imag, d_imag), (previous, d_previous),
     )  # fmt: skip
     return [
         d_projection,
@@ -228,7 +253,8 @@ def mixer_core_backward_op(
 @mixer_core_op.register_fake
 def _(
     projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-    frequencies, memory, position, green_real, green_imag, bounds, cu_seqlens, floor, kind, epsilon, save,
+    key_shift, frequencies, memory, position, green_real, green_imag, previous, bounds, cu_seqlens, floor, kind,
+    epsilon, save,
 ):  # fmt: skip
     batch, time, _ = projection.shape
     heads, state = query_bias.shape
@@ -239,7 +265,7 @@ def _(
         return projection.new_empty(shape, dtype=torch.float32)
 
     out = [projection.new_empty(batch, time, inner), wide(rows, heads, state, inner // heads)]
-    out += [wide(rows, heads), wide(rows, heads)]
+    out += [wide(rows, heads), wide(rows, heads), projection.new_empty(0) if key_shift is None else wide(rows, state)]
     if not save:
         return [*out, projection.new_empty(0), *(wide(0) for _ in range(5))]
     # How many memories are kept is the operator's own affair: an unbacked size keeps it opaque to compilers.
@@ -250,16 +276,16 @@ def _(
 @mixer_core_backward_op.register_fake
 def _(
     projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-    frequencies, memory, position, green_real, green_imag, *rest,
+    key_shift, frequencies, memory, position, green_real, green_imag, previous, *rest,
 ):  # fmt: skip
-    like = (query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight)
-    like = (projection, *like, memory, green_real, green_imag)
+    like = (query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight, key_shift)
+    like = (projection, *like, memory, green_real, green_imag, previous)
     return [projection.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, floor, kind, epsilon, _ = inputs
-    ctx.save_for_backward(*tensors, output[1], *output[4:])
+    ctx.save_for_backward(*tensors, output[1], *output[5:])
     ctx.set_materialize_grads(False)
     ctx.options = (floor, kind, epsilon)
 
@@ -270,9 +296,9 @@ def _gradients(ctx, grads):
     grad_out = grads[0]
     if grad_out is None:
         grad_out = projection.new_zeros(*projection.shape[:2], norm_weight.shape[0])
-    found = iter(mixer_core_backward_op(*tensors, grad_out, *grads[1:4], *ctx.options))
-    differentiable = (*range(9), 10, 12, 13)
-    out: list[Tensor | None] = [None] * 20
+    found = iter(mixer_core_backward_op(*tensors, grad_out, *grads[1:5], *ctx.options))
+    differentiable = (*range(10), 11, 13, 14, 15)
+    out: list[Tensor | None] = [None] * 22
     for index in differentiable:
         grad = next(found)
         out[index] = grad if tensors[index] is not None else None

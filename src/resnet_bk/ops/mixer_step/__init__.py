@@ -25,6 +25,7 @@ def mixer_step(
     mix: MixState,
     green: GreenState,
     *,
+    previous: Float[Tensor, "batch state"] | None = None,
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
@@ -36,7 +37,7 @@ def mixer_step(
 
         eta = softplus(e + absorption_bias) + absorption_floor,     delta = potential_scale a - energy
         g = sqrt(u / (u + eta)),  b = sqrt(1 - g^2),  u = Im m,     m <- 1 / (delta - i eta - m)
-        k = R(RMSNorm(k) + key_bias),   q = R(RMSNorm(q) + query_bias),   R turns by rotary_base^(-2p / state) position
+        k = R(RMSNorm(k + key_shift previous) + key_bias),   q = R(RMSNorm(q) + query_bias),   R turns by rotary_base^(-2p / state) position
         S <- g S + s k x^T,   y = state^(-1/2) S^T q + skip x,   out = RMSNorm(y) norm_weight silu(z)
 
     with s = b sigmoid(s + source_bias), softplus(s + source_bias) or b for source "gated", "free" or "unit".
@@ -46,6 +47,7 @@ def mixer_step(
         parameters: of any floating dtype.
         mix: memory S and position before the token.
         green: m before the token.
+        previous: k of the token before; there exactly if `parameters.key_shift` is.
         source: weight of the token on entry.
         absorption_floor: smallest eta; > 0.
         rotary_base: ratio of the largest to the smallest rotary wavelength.
@@ -65,9 +67,9 @@ def mixer_step(
     Not differentiable in the kernel: training runs `causal_resolvent` and `semiseparable_mix`.
     Cost: reads and writes the memory once.
     """
-    chosen = _check(projection, parameters, mix, green, source, absorption_floor, backend)
+    chosen = _check(projection, parameters, mix, green, previous, source, absorption_floor, backend)
     state = (mix.memory, mix.position, green.real, green.imag)
-    options = (source, absorption_floor, rotary_base, rotary_fraction, epsilon)
+    options = (previous, source, absorption_floor, rotary_base, rotary_fraction, epsilon)
     if chosen == "triton":
         from resnet_bk.ops.mixer_step.triton import mixer_step_triton
 
@@ -85,6 +87,7 @@ def mixer_step_(
     mix: MixState,
     green: GreenState,
     *,
+    previous: Float[Tensor, "batch state"] | None = None,
     source: Source = "gated",
     absorption_floor: float = 1e-3,
     rotary_base: float = 10000.0,
@@ -94,14 +97,14 @@ def mixer_step_(
 ) -> Float[Tensor, "batch inner"]:
     """Output of `mixer_step`, with memory and Green function overwritten by those after the token.
 
-    The position is left alone: the layers of a model may share one tensor, which their owner advances once a token.
+    The previous key is left to the caller, who has the next one, and the position is left alone: the layers of a model may share one tensor, which their owner advances once a token.
     Nothing is allocated but the output, and no number reaches the host, so the step can be captured in a CUDA graph
     (after one run outside, in which the kernel is compiled and checked).
 
     Arguments and errors are those of `mixer_step`; memory and Green function must be contiguous float32 (float64 for
     a float64 projection).
     """
-    chosen = _check(projection, parameters, mix, green, source, absorption_floor, backend)
+    chosen = _check(projection, parameters, mix, green, previous, source, absorption_floor, backend)
     held = {"mix.memory": mix.memory, "green.real": green.real, "green.imag": green.imag}
     wide = torch.float64 if projection.dtype == torch.float64 else torch.float32
     for name, part in held.items():
@@ -111,7 +114,7 @@ def mixer_step_(
                 f"is contiguous {wide}. Pass {name}.to({wide}).contiguous(), and keep that tensor."
             )
     state = (mix.memory, mix.position, green.real, green.imag)
-    options = (source, absorption_floor, rotary_base, rotary_fraction, epsilon)
+    options = (previous, source, absorption_floor, rotary_base, rotary_fraction, epsilon)
     if chosen == "triton":
         from resnet_bk.ops.mixer_step.triton import mixer_step_triton_
 
@@ -122,7 +125,7 @@ def mixer_step_(
     return out
 
 
-def _check(projection, parameters, mix, green, source, absorption_floor, backend) -> str:
+def _check(projection, parameters, mix, green, previous, source, absorption_floor, backend) -> str:
     """The backend that runs, once the arguments fit together."""
     chosen = choose_backend(backend, projection)
     if source not in ("gated", "free", "unit") or (parameters.source_bias is None) != (source == "unit"):
@@ -130,6 +133,9 @@ def _check(projection, parameters, mix, green, source, absorption_floor, backend
         raise DomainError(f"source is {source!r} with {held}; expected 'gated' or 'free' with one or 'unit' without.")
     if not absorption_floor > 0:
         raise DomainError(f"absorption_floor is {absorption_floor}; expected a number > 0.")
+    if (parameters.key_shift is None) != (previous is None):
+        there = "there" if previous is None else "missing"
+        raise ShapeError(f"previous goes with parameters.key_shift, which is {there}; pass both or neither.")
     if mix.memory.dim() != 4:
         raise ShapeError(f"mix.memory must be [batch, heads, state, value]; got {list(mix.memory.shape)}.")
     batch, heads, state, value = mix.memory.shape
@@ -148,6 +154,8 @@ def _check(projection, parameters, mix, green, source, absorption_floor, backend
     for name in ("absorption_bias", "potential_scale", "energy", "skip", "source_bias"):
         if (part := getattr(parameters, name)) is not None:
             expected[f"parameters.{name}"] = (part, (heads,))
+    if previous is not None:
+        expected |= {"previous": (previous, (batch, state)), "parameters.key_shift": (parameters.key_shift, (state,))}
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"{name} must be {list(shape)}; got {list(tensor.shape)}.")

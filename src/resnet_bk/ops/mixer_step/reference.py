@@ -27,6 +27,8 @@ class StepParameters(NamedTuple):
     source_bias: Float[Tensor, " heads"] | None
     """None for source "unit"."""
     norm_weight: Float[Tensor, " inner"]
+    key_shift: Float[Tensor, " state"] | None = None
+    """None where keys do not know the token before."""
 
     def to(self, dtype: torch.dtype) -> StepParameters:
         """The parameters in `dtype`."""
@@ -35,7 +37,7 @@ class StepParameters(NamedTuple):
 
 def mixer_step_reference(
     projection: Tensor, parameters: StepParameters, memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
-    source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
+    previous: Tensor | None, source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, memory and both parts of the Green function; see `resnet_bk.ops.mixer_step.mixer_step`."""
     heads, state = parameters.query_bias.shape
@@ -44,6 +46,8 @@ def mixer_step_reference(
     wide = compute_dtype(projection, memory)
     gate, x, key, query, potential, absorption, raw_source = projection.to(wide).split(sizes, dim=-1)
     weights = parameters.to(wide)
+    if weights.key_shift is not None and previous is not None:
+        key = key + weights.key_shift * previous.to(wide)
 
     eta = F.softplus(absorption + weights.absorption_bias) + floor
     detuning = weights.potential_scale * potential - weights.energy

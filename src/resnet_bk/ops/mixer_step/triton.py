@@ -66,7 +66,17 @@ def _load_bias(key_bias, query_bias, place, mask, is_key):
 
 
 @triton.jit
-def _turned(shared, key_bias, query_bias, turns, position, epsilon, HALF: tl.constexpr, HEIGHT: tl.constexpr):
+def _shifted(previous, key_shift, place, mask):
+    """What the key before adds to the key, float32."""
+    factor = tl.load(key_shift + place, mask=mask, other=0.0).to(tl.float32)
+    return factor * tl.load(previous + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turned(
+    shared, previous, key_shift, key_bias, query_bias, turns, position, epsilon,
+    HALF: tl.constexpr, HEIGHT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     """RMSNorm plus bias of key and query, turned to `position`: low and high half [HEIGHT] of each.
 
     Worked out on one tile [key or query, half, channel] with its halves exchanged beside it. It is no smaller than
@@ -81,6 +91,9 @@ def _turned(shared, key_bias, query_bias, turns, position, epsilon, HALF: tl.con
     section = shared + tl.arange(0, 2)[:, None, None] * (2 * HALF)
     raw = tl.load(section + place, mask=mask, other=0.0).to(tl.float32)
     exchanged = tl.load(section + opposite, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        raw += _shifted(previous, key_shift, place, mask & is_key)
+        exchanged += _shifted(previous, key_shift, opposite, mask & is_key)
     bias = _load_bias(key_bias, query_bias, place, mask, is_key)
     exchanged_bias = _load_bias(key_bias, query_bias, opposite, mask, is_key)
     # One angle a channel pair; as many as the tile has places, for the reason above.
@@ -98,10 +111,11 @@ def _turned(shared, key_bias, query_bias, turns, position, epsilon, HALF: tl.con
 
 @triton.jit
 def _step_kernel(
-    projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight, turns,
-    memory, position, real, imag, new_memory, new_real, new_imag, out,
+    projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
+    key_shift, turns, memory, position, real, imag, previous, new_memory, new_real, new_imag, out,
     heads, projection_stride, floor, epsilon, readout,
     HALF: tl.constexpr, VALUE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, head = program // heads, program % heads
@@ -134,9 +148,12 @@ def _step_kernel(
     factor = tl.load(norm_weight + mine, mask=valued, other=0.0).to(tl.float32)
 
     bias = head * (2 * HALF)
+    if SHIFT:
+        previous += row * (2 * HALF)
     key_low, key_high, query_low, query_high = _turned(
-        shared, key_bias + bias, query_bias + bias, turns, tokens_before, epsilon, HALF, HEIGHT
-    )
+        shared, previous, key_shift, key_bias + bias, query_bias + bias, turns, tokens_before, epsilon,
+        HALF, HEIGHT, SHIFT,
+    )  # fmt: skip
     eta = _softplus(absorption) + floor
     decay, weight = _flux_gate(before, eta)
     if SOURCE == 1:
@@ -176,7 +193,7 @@ def _warps(height: int, width: int, programs: int) -> int:
 
 
 def _launch(
-    projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor],
+    projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor], previous: Tensor | None,
     source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float, warps: int,
 ) -> Tensor:  # fmt: skip
     """The output [batch, inner]; memory and Green function go to `after`, which may be those of `state`."""
@@ -187,9 +204,10 @@ def _launch(
     with torch.cuda.device_of(projection):
         _step_kernel[(batch * heads,)](
             projection, *parameters, _turns(channels, rotary_base, rotary_fraction, projection.device),
-            memory, position, real, imag, *after, out,
+            memory, position, real, imag, previous, *after, out,
             heads, projection.stride(0), floor, epsilon, channels**-0.5,
-            HALF=channels // 2, VALUE=value, HEIGHT=height, WIDTH=width, SOURCE=_SOURCES[source], num_warps=warps,
+            HALF=channels // 2, VALUE=value, HEIGHT=height, WIDTH=width, SOURCE=_SOURCES[source],
+            SHIFT=previous is not None, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -200,21 +218,22 @@ def _tile(channels: int, value: int) -> tuple[int, int]:
 
 
 def _step(
-    projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor],
+    projection: Tensor, parameters: StepParameters, state: list[Tensor], after: list[Tensor], previous: Tensor | None,
     source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> Tensor:  # fmt: skip
     """`_launch` on operands as it wants them, after the check of its compiled form."""
     projection = projection if projection.stride(1) == 1 else projection.contiguous()
+    previous = None if previous is None else previous.contiguous()
     batch, heads, channels, value = state[0].shape
     warps = _warps(*_tile(channels, value), batch * heads)
-    dtypes = tuple(None if x is None else x.dtype for x in (projection, *parameters))
+    dtypes = tuple(None if x is None else x.dtype for x in (projection, *parameters, previous))
     options = (source, floor, rotary_base, rotary_fraction, epsilon)
 
     def measure() -> dict[str, tuple[float, float]]:
         return _errors(heads, channels, value, dtypes, projection.device, options, warps)
 
     verify_once("mixer_step", (projection.device, heads, channels, value, dtypes, options, warps), measure)
-    return _launch(projection, parameters, state, after, *options, warps)
+    return _launch(projection, parameters, state, after, previous, *options, warps)
 
 
 # Relative root-mean-square error allowed of the output by dtype: a few roundings. The state is float32.
@@ -229,15 +248,16 @@ def _errors(heads: int, channels: int, value: int, dtypes: tuple, device: torch.
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     inner, scalars = heads * value, (2 + (options[0] != "unit")) * heads
-    shapes = [(heads, channels)] * 2 + [(heads,)] * 5 + [(inner,)]
+    shapes = [(heads, channels)] * 2 + [(heads,)] * 5 + [(inner,), (channels,), (3, channels)]
     projection = draw((3, 2 * (inner + channels) + scalars), dtypes[0])
     rest = [None if to is None else draw(shape, to) for shape, to in zip(shapes, dtypes[1:], strict=True)]
     memory, real, imag = draw((3, heads, channels, value)), draw((3, heads)), draw((3, heads)).abs()
     position = torch.arange(3, device=device) * 1_000_003
     wide = (memory.double(), position, real.double(), imag.double())
-    parameters, state, after = StepParameters._make(rest), [memory, position, real, imag], [memory, real, imag]
-    truth = mixer_step_reference(projection.double(), parameters.to(torch.float64), *wide, *options)
-    ours = (_launch(projection, parameters, state, after, *options, warps), *after)
+    previous, parameters = rest.pop(), StepParameters._make(rest)
+    state, after = [memory, position, real, imag], [memory, real, imag]
+    truth = mixer_step_reference(projection.double(), parameters.to(torch.float64), *wide, previous, *options)
+    ours = (_launch(projection, parameters, state, after, previous, *options, warps), *after)
     return {
         name: (((one.double() - two).norm() / two.norm()).item(), _BOUNDS[one.dtype])
         for name, one, two in zip(("out", "memory", "real", "imag"), ours, truth, strict=True)
@@ -247,18 +267,18 @@ def _errors(heads: int, channels: int, value: int, dtypes: tuple, device: torch.
 @torch.library.custom_op("resnet_bk::mixer_step_triton", mutates_args=())
 def mixer_step_triton(
     projection: Tensor, query_bias: Tensor, key_bias: Tensor, absorption_bias: Tensor, potential_scale: Tensor,
-    energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor,
-    memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
+    energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor, key_shift: Tensor | None,
+    memory: Tensor, position: Tensor, real: Tensor, imag: Tensor, previous: Tensor | None,
     source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [batch, inner] of one token, and memory and Green function after it."""
     parameters = StepParameters(
-        query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight
+        query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight, key_shift
     )
     state = [memory.contiguous(), position, real.contiguous(), imag.contiguous()]
     after = memory, real, imag = [torch.empty_like(part) for part in (state[0], *state[2:])]
     return (
-        _step(projection, parameters, state, after, source, floor, rotary_base, rotary_fraction, epsilon),
+        _step(projection, parameters, state, after, previous, source, floor, rotary_base, rotary_fraction, epsilon),
         memory,
         real,
         imag,
@@ -268,28 +288,29 @@ def mixer_step_triton(
 @torch.library.custom_op("resnet_bk::mixer_step_triton_", mutates_args=("memory", "real", "imag"))
 def mixer_step_triton_(
     projection: Tensor, query_bias: Tensor, key_bias: Tensor, absorption_bias: Tensor, potential_scale: Tensor,
-    energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor,
-    memory: Tensor, position: Tensor, real: Tensor, imag: Tensor,
+    energy: Tensor, skip: Tensor, source_bias: Tensor | None, norm_weight: Tensor, key_shift: Tensor | None,
+    memory: Tensor, position: Tensor, real: Tensor, imag: Tensor, previous: Tensor | None,
     source: str, floor: float, rotary_base: float, rotary_fraction: float, epsilon: float,
 ) -> Tensor:  # fmt: skip
     """Output [batch, inner] of one token; memory and Green function become those after it."""
     parameters = StepParameters(
-        query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight
+        query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight, key_shift
     )
     state = [memory, position, real, imag]
     return _step(
-        projection, parameters, state, [memory, real, imag], source, floor, rotary_base, rotary_fraction, epsilon
-    )
+        projection, parameters, state, [memory, real, imag], previous, source, floor, rotary_base, rotary_fraction,
+        epsilon,
+    )  # fmt: skip
 
 
 @mixer_step_triton.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      memory, position, real, imag, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
+      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
     out = projection.new_empty(projection.shape[0], norm_weight.shape[0])
     return out, *(part.new_empty(part.shape) for part in (memory, real, imag))
 
 
 @mixer_step_triton_.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      memory, position, real, imag, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
+      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
     return projection.new_empty(projection.shape[0], norm_weight.shape[0])
