@@ -236,6 +236,19 @@ def test_recall_mixes_numbers_of_pairs_in_training_only():
     assert evaluations["pairs_64"].evaluation_lengths == (256,)
 
 
+def test_recall_trains_on_rows_of_several_lengths():
+    task = AssociativeRecall(pairs=32, fewest_pairs=2, length=256, shortest_length=32)
+    assert [task.training_length(step) for step in range(6)] == [256, 128, 64, 32, 256, 128]
+    for length, most in ((256, 32), (64, 8), (32, 4)):
+        batch = task.sample(200, generator(), length=length)
+        held = (batch.labels != -100).sum(1)
+        assert batch.input_ids.shape == (200, length) and task.scored(length) == most
+        assert held.min() == 2 and held.max() == most
+    assert ((task.evaluations()[""].sample(20, generator(), length=512).labels != -100).sum(1) == 32).all()
+    with pytest.raises(ConfigError, match="at least 16 tokens"):
+        task.sample(2, generator(), length=15)
+
+
 def test_passkey_depths():
     task = Passkey(length=64)
     assert list(task.evaluations()) == ["", "depth_0", "depth_0.25", "depth_0.5", "depth_0.75", "depth_1"]
@@ -268,6 +281,7 @@ def test_prefix_products_of_matrices():
         (lambda: AssociativeRecall(pairs=200), "length 512; expected at least 800"),
         (lambda: AssociativeRecall(pairs=40, vocabulary=64), "recall.pairs is 40; expected 1 to 31"),
         (lambda: AssociativeRecall(fewest_pairs=65), "recall.fewest_pairs is 65; expected 0 to 64"),
+        (lambda: AssociativeRecall(shortest_length=1024), "recall.shortest_length is 1024; expected 0, or 8"),
         (lambda: Passkey(depth=1.5), "passkey.depth is 1.5"),
         (lambda: Parity(length=1), "length 1; expected at least 2"),
         (lambda: ModularSums(modulus=1), "modular_sums.modulus is 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def draw(packed, given, dtype=torch.float64):
 def by_tokens(key, shift, previous, cu_seqlens):
     """One row after the other, one token after the other."""
     bounds = cu_seqlens.tolist() if cu_seqlens is not None else None
-    texts = list(key) if bounds is None else [key[0, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    texts = list(key) if bounds is None else [key[0, a:b] for a, b in pairwise(bounds)]
     out, last = [], []
     for row, text in enumerate(texts):
         before = torch.zeros_like(shift) if previous is None else previous[row]

@@ -107,7 +107,7 @@ def test_the_kernel_errs_no_more_than_plain_pytorch(shape, source, dtype):
 @pytest.mark.parametrize("shape", [(3, 2, 32, 16), (2, 3, 24, 12)], ids=str)
 def test_keys_that_know_the_token_before(shape, dtype):
     case = make_case(*shape, dtype=dtype, shift=True)
-    projection, parameters, mix, green = case
+    projection, parameters, *_ = case
     batch, heads, state, value = shape
     previous = torch.randn(batch, state, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     # The same step without a shift, of a projection whose keys were shifted beforehand.
@@ -121,7 +121,7 @@ def test_keys_that_know_the_token_before(shape, dtype):
         assert error(tensor, truth[name]) <= 2 * error(plain[name], truth[name]) + 1.2e-7, name
     fresh = mixer_step(*case, previous=previous, backend="triton")[0]
     assert torch.equal(mixer_step_(*case, previous=previous, backend="triton"), fresh)
-    with pytest.raises(ShapeError, match="previous goes with parameters.key_shift, which is there"):
+    with pytest.raises(ShapeError, match=r"previous goes with .*, which is there"):
         mixer_step(*case)
 
 

@@ -204,10 +204,10 @@ class Mixer(nn.Module):
             self.key_shift,
         )
 
-    @property
-    def _core_options(self) -> dict[str, Any]:
+    def _core_options(self, state: MixerState | None) -> dict[str, Any]:
         config = self.config
         return {
+            "previous": None if state is None else state.key,
             "source": config.source,
             "absorption_floor": config.absorption_floor,
             "rotary_base": config.rotary_base,
@@ -232,8 +232,10 @@ class Mixer(nn.Module):
             from resnet_bk.ops.mixer_core import mixer_core
 
             memory, green = None if state is None else state.mix, self._initial_green(state)
-            options = self._core_options | {"previous": None if state is None else state.key, "cu_seqlens": cu_seqlens}
-            out, mix, green, key = mixer_core(projection, self.step_parameters, memory, green, **options)
+            options = self._core_options(state)
+            out, mix, green, key = mixer_core(
+                projection, self.step_parameters, memory, green, cu_seqlens=cu_seqlens, **options
+            )
             return out, MixerState(mix, green, key=key)
         gate, *operands = projection.split(self.sizes, dim=-1)
         y, gates, after = self.mix(*operands, state=state, cu_seqlens=cu_seqlens, segment=segment)
@@ -271,7 +273,7 @@ class Mixer(nn.Module):
             raise ShapeError(
                 f"A step takes one token and a state with a Green function; got {projection.shape[1]} and {held}."
             )
-        token, options = projection[:, 0], self._core_options | {"previous": state.key}
+        token, options = projection[:, 0], self._core_options(state)
         start = 2 * self.config.inner_dim
         key = token[:, start : start + self.config.state_size]
         if isinstance(state, InPlaceState):

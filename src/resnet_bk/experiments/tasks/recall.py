@@ -54,8 +54,8 @@ class AssociativeRecall(Task):
             raise ConfigError(f"recall.fewest_pairs is {self.fewest_pairs}; expected 0 to {self.pairs}, the pairs.")
         if self.shortest_length and not self.length >= self.shortest_length >= self.length / self.pairs:
             raise ConfigError(
-                f"recall.shortest_length is {self.shortest_length}; expected 0, or {self.length // self.pairs} (one pair "
-                f"a row) to {self.length}, the length."
+                f"recall.shortest_length is {self.shortest_length}; expected 0, or {self.length // self.pairs} (one "
+                f"pair a row) to {self.length}, the length."
             )
         super().__post_init__()
 
@@ -71,7 +71,9 @@ class AssociativeRecall(Task):
 
     def _most(self, length: int) -> int:
         """Most pairs in a row of `length` tokens."""
-        return max(1, self.pairs * length // self.length) if self.shortest_length and length < self.length else self.pairs
+        if not self.shortest_length or length >= self.length:
+            return self.pairs
+        return max(1, self.pairs * length // self.length)
 
     def training_length(self, step: int) -> int:
         """`length`, half of it and so on, from step to step."""

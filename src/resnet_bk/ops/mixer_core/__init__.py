@@ -152,7 +152,7 @@ def mixer_core_op(
     epsilon: float,
     save: bool,
 ) -> list[Tensor]:
-    """Output, final memory, parts of the last m, last k; and kept if `save`: outputs of the mixing, memories, m, gates."""
+    """Output, last memory, parts of the last m, last k; kept if `save`: outputs of the mixing, memories, m, gates."""
     pieces, medium, layout, operands, last_key = _parts(
         projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, key_shift,
         frequencies, position, green_real, green_imag, previous, bounds, cu_seqlens, floor, kind,
@@ -232,7 +232,7 @@ def mixer_core_backward_op(
     into.absorption.copy_(d_e)
     if into.source is not None:
         into.source.copy_(d_s)
-    d_shift = d_previous = None
+    d_shift = d_previous = y.new_empty(0)
     if key_shift is not None:
         shape = (*projection.shape[:2], size)
         raw = _Pieces(projection, heads, size, kind).key.view(shape)

@@ -37,10 +37,11 @@ def mixer_step(
 
         eta = softplus(e + absorption_bias) + absorption_floor,     delta = potential_scale a - energy
         g = sqrt(u / (u + eta)),  b = sqrt(1 - g^2),  u = Im m,     m <- 1 / (delta - i eta - m)
-        k = R(RMSNorm(k + key_shift previous) + key_bias),   q = R(RMSNorm(q) + query_bias),   R turns by rotary_base^(-2p / state) position
+        k = R(RMSNorm(k + key_shift previous) + key_bias),   q = R(RMSNorm(q) + query_bias)
         S <- g S + s k x^T,   y = state^(-1/2) S^T q + skip x,   out = RMSNorm(y) norm_weight silu(z)
 
-    with s = b sigmoid(s + source_bias), softplus(s + source_bias) or b for source "gated", "free" or "unit".
+    where R turns by rotary_base^(-2p / state) position, and s = b sigmoid(s + source_bias), softplus(s + source_bias)
+    or b for source "gated", "free" or "unit".
 
     Args:
         projection: z, x (inner each), k, q (state each), a, e, s (heads each; no s for "unit") side by side.
@@ -97,9 +98,10 @@ def mixer_step_(
 ) -> Float[Tensor, "batch inner"]:
     """Output of `mixer_step`, with memory and Green function overwritten by those after the token.
 
-    The previous key is left to the caller, who has the next one, and the position is left alone: the layers of a model may share one tensor, which their owner advances once a token.
-    Nothing is allocated but the output, and no number reaches the host, so the step can be captured in a CUDA graph
-    (after one run outside, in which the kernel is compiled and checked).
+    The previous key is left to the caller, who has the next one, and the position is left alone: the layers of a model
+    may share one tensor, which their owner advances once a token. Nothing is allocated but the output, and no number
+    reaches the host, so the step can be captured in a CUDA graph (after one run outside, in which the kernel is
+    compiled and checked).
 
     Arguments and errors are those of `mixer_step`; memory and Green function must be contiguous float32 (float64 for
     a float64 projection).

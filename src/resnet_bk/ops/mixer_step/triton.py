@@ -305,12 +305,14 @@ def mixer_step_triton_(
 
 @mixer_step_triton.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
+      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction,
+      epsilon):  # fmt: skip
     out = projection.new_empty(projection.shape[0], norm_weight.shape[0])
     return out, *(part.new_empty(part.shape) for part in (memory, real, imag))
 
 
 @mixer_step_triton_.register_fake
 def _(projection, query_bias, key_bias, absorption_bias, potential_scale, energy, skip, source_bias, norm_weight,
-      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction, epsilon):  # fmt: skip
+      key_shift, memory, position, real, imag, previous, source, floor, rotary_base, rotary_fraction,
+      epsilon):  # fmt: skip
     return projection.new_empty(projection.shape[0], norm_weight.shape[0])
