@@ -46,6 +46,27 @@ def test_a_text_that_repeats_is_learned_and_the_parameters_come_back():
     assert found.loss < stronger.loss  # all the way back after every segment: only the last one is remembered
 
 
+def test_no_step_is_longer_than_those_of_the_training_text(monkeypatch):
+    model, tokens = model_of(), text(0, 80)
+    through, factors = dynamic._gradient_sizes, {"none": 0.0, "usual": 1.0, "any": 1e9}
+    losses = {}
+    for name, factor in factors.items():
+        scaled = lambda *given, by=factor: (through(*given)[0], through(*given)[1] * by)  # noqa: E731
+        monkeypatch.setattr(dynamic, "_gradient_sizes", scaled)
+        losses[name] = evaluate_dynamic(model, tokens, text(1, 80), rate=1e-2, decay=0.0, segment_length=16).loss
+    assert losses["none"] == pytest.approx(evaluate_stream(model, tokens, segment_length=64).loss, rel=1e-6)
+    assert len(set(losses.values())) == 3
+
+    # The length of a step by its definition, from gradients that are kept here one by one.
+    sizes, longest = through(model, text(1, 49), 16, 2)
+    lengths = []
+    for start in (0, 16):
+        ids = torch.as_tensor(text(1, 49)[start : start + 17])
+        dynamic._differentiate(model, dynamic._segment_losses(model, ids, None)[0])
+        lengths.append(sum((p.grad / size).square().sum() for p, size in zip(model.parameters(), sizes, strict=True)))
+    assert longest.item() == pytest.approx(torch.stack(lengths).mean().sqrt().item(), rel=1e-5)
+
+
 def test_under_autocast_every_segment_is_read_with_the_parameters_of_its_time():
     model, repeated = model_of(), np.tile(text(2, 20), 30)
     with torch.autocast("cpu", torch.bfloat16):

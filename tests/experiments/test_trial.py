@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resnet_bk.experiments import adapting
 from resnet_bk.experiments.arms import make_arms
 from resnet_bk.experiments.positions import parse_positions
 from resnet_bk.experiments.readings import (
@@ -143,6 +145,15 @@ def test_loss_by_position_is_measured_after_training(toy_model, toy_training, co
     # It is part of what a run is, where it is asked for.
     assert trial.identity(corpus) != plain.identity(corpus)
     assert "texts" not in plain.identity(corpus)
+
+
+def test_a_rate_that_diverges_on_the_test_split_has_no_figure(corpus, monkeypatch):
+    def diverging(model, tokens, *_, rate, **__):
+        return SimpleNamespace(loss=1e4 if tokens is corpus.splits["test"].tokens else 1 + rate)
+
+    monkeypatch.setattr(adapting, "evaluate_dynamic", diverging)
+    found = adapting.dynamic_readings(None, corpus, (1e-3, 1e-4))
+    assert found == {"dynamic_rate": 1e-4, "dynamic_segment_tokens": 128, "validation_start_loss_dynamic": 1 + 1e-4}
 
 
 def test_dynamic_evaluation_is_a_reading_of_its_own(toy_model, toy_training, corpus, tmp_path):

@@ -36,11 +36,13 @@ def evaluate_dynamic(
     A token is predicted with parameters that have seen earlier segments only, so the loss is that of a causal model;
     but it is the loss of another model than `evaluate_stream` measures, and to be labelled so. The update is
 
-        theta <- theta - rate g / s + decay min(1, s / mean s) (theta_0 - theta),
+        theta <- theta - rate min(1, l / |g / s|) g / s + decay min(1, s / mean s) (theta_0 - theta),
 
     where g is the gradient of a segment's mean loss, theta_0 the trained parameters, and s the root mean square of g
     over segments of the training text plus 0.3 times the same over all parameters, which keeps words that are not in
-    those segments from taking steps without measure. The parameters are afterwards what they were before.
+    those segments from taking steps without measure. No step is longer than l, the root mean square of |g / s| over
+    the same segments: without it losses that grow make steps that grow. The parameters are afterwards what they were
+    before.
 
     Args:
         model: in evaluation mode for the duration; its parameters must be of a floating dtype that can take small
@@ -65,8 +67,8 @@ def evaluate_dynamic(
     trained = [parameter.detach().clone() for parameter in model.parameters()]
     try:
         with evaluation_mode(model):
-            sizes = _gradient_sizes(model, training_tokens, segment_length, scale_segments)
-            losses = _losses(model, tokens, trained, sizes, rate, decay, segment_length)
+            sizes, longest = _gradient_sizes(model, training_tokens, segment_length, scale_segments)
+            losses = _losses(model, tokens, trained, sizes, longest, rate, decay, segment_length)
             nats = math.fsum(float(part.sum()) for part in losses)
     finally:
         with torch.no_grad():
@@ -82,6 +84,7 @@ def _losses(
     tokens: Tokens,
     trained: list[Tensor],
     sizes: list[Tensor],
+    longest: Tensor,
     rate: float,
     decay: float,
     segment_length: int,
@@ -100,16 +103,23 @@ def _losses(
             )
         _differentiate(model, losses)
         with torch.no_grad():
-            for parameter, first, size, share in zip(parameters, trained, sizes, back, strict=True):
-                if parameter.grad is not None:
-                    parameter.lerp_(first, share)
-                    parameter.addcdiv_(parameter.grad, size, value=-rate)
+            given = [place for place, parameter in enumerate(parameters) if parameter.grad is not None]
+            steps = [parameters[place].grad.div_(sizes[place]) for place in given]  # type: ignore[union-attr]
+            length = torch.stack([step.norm().double() for step in steps]).norm()
+            factor = -rate * (longest / length).clamp_(max=1.0)
+            for place, step in zip(given, steps, strict=True):
+                parameters[place].lerp_(trained[place], back[place]).add_(step.mul_(factor.to(step.dtype)))
         torch.clear_autocast_cache()  # holds what the parameters were before, in 16 bits
         yield losses.detach().double()
 
 
-def _gradient_sizes(model: LanguageModel, tokens: Tokens, segment_length: int, segments: int) -> list[Tensor]:
-    """Root mean square of every parameter's gradient over segments spread over `tokens`, kept away from zero."""
+def _gradient_sizes(
+    model: LanguageModel, tokens: Tokens, segment_length: int, segments: int
+) -> tuple[list[Tensor], Tensor]:
+    """Root mean square of every parameter's gradient over segments spread over `tokens`, kept away from zero.
+
+    And that of the length of a gradient in these units, float64.
+    """
     parameters = list(model.parameters())
     squares = [torch.zeros_like(parameter) for parameter in parameters]
     room = max(1, len(tokens) - segment_length - 1)
@@ -124,7 +134,11 @@ def _gradient_sizes(model: LanguageModel, tokens: Tokens, segment_length: int, s
                     square.addcmul_(parameter.grad, parameter.grad)
     sizes = [square.div_(count).sqrt_() for square in squares]
     everywhere = sum(float(size.double().square().sum()) for size in sizes) / sum(size.numel() for size in sizes)
-    return [size.add_(_FLOOR * math.sqrt(everywhere)) for size in sizes]
+    floor, squared = _FLOOR * math.sqrt(everywhere), []
+    for size in sizes:
+        squared.append((size / (size + floor)).double().square().sum())
+        size.add_(floor)
+    return sizes, torch.stack(squared).sum().sqrt()
 
 
 def _segment_losses(model: LanguageModel, ids: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:

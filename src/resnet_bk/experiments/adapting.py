@@ -23,7 +23,8 @@ def dynamic_readings(
 ) -> dict[str, float | int | str | None]:
     """The rate of least loss on the start of the validation split, that loss, and the test split's at that rate.
 
-    A rate that diverges is out; if all do, the rate is None and there are no losses. Call it under the autocast of the
+    A rate that diverges is out; if all do, the rate is None and there are no losses. If the chosen one diverges on the
+    test split, that has no figure: it chooses nothing. Call it under the autocast of the
     other evaluations, with a corpus that has a test split.
     """
 
@@ -39,11 +40,13 @@ def dynamic_readings(
     if not losses:
         return {"dynamic_rate": None}
     best = min(losses, key=losses.__getitem__)
-    final = loss(corpus.splits["test"].tokens, best)
-    return {
+    found: dict[str, float | int | str | None] = {
         "dynamic_rate": best,
         "dynamic_segment_tokens": SEGMENT_TOKENS,
         "validation_start_loss_dynamic": losses[best],
-        "test_loss_dynamic": final,
-        "test_perplexity_dynamic": math.exp(final),
     }
+    try:
+        final = loss(corpus.splits["test"].tokens, best)
+        return found | {"test_loss_dynamic": final, "test_perplexity_dynamic": math.exp(final)}
+    except (DomainError, OverflowError):
+        return found
