@@ -50,16 +50,25 @@ def _core_sizes(projection: Tensor, query_bias: Tensor, norm_weight: Tensor) -> 
     return (*projection.shape[:2], heads, 1, state, norm_weight.shape[0] // heads, projection.itemsize)
 
 
+def _shifted_keys(projection: Tensor, query_bias: Tensor, key_shift: Tensor | None) -> int:
+    """Keys that know the token before, beside those of the projection."""
+    if key_shift is None:
+        return 0
+    return projection.shape[0] * projection.shape[1] * query_bias.shape[1] * projection.itemsize
+
+
 def _core_forward(projection: Tensor, query_bias: Tensor, *rest: Any) -> int:
     """Of `mixer_core`; the gates' tables are among its outputs."""
-    return _kernels_forward(*_core_sizes(projection, query_bias, rest[6]))
+    shifted = _shifted_keys(projection, query_bias, rest[7])
+    return _kernels_forward(*_core_sizes(projection, query_bias, rest[6])) + shifted
 
 
 def _core_backward(projection: Tensor, query_bias: Tensor, *rest: Any) -> int:
     """Of its backward pass: that of the mixing, the gradient behind the norm, three gradients of gates."""
     sizes = _core_sizes(projection, query_bias, rest[6])
     tokens, heads = sizes[0] * sizes[1], sizes[2]
-    return _kernels_backward(*sizes) + tokens * rest[6].shape[0] * projection.itemsize + 5 * tokens * heads * _WIDE
+    shifted = _shifted_keys(projection, query_bias, rest[7])
+    return shifted + _kernels_backward(*sizes) + tokens * rest[6].shape[0] * projection.itemsize + 5 * tokens * heads * _WIDE
 
 
 def _mix_sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -140,7 +149,7 @@ def _kept_in_chunks(out: Any, query: Tensor, key: Tensor, value: Tensor, *rest: 
 
 
 KEPT_MEMORIES: dict[str, Callable[..., Any]] = {
-    "resnet_bk::mixer_core": _kept_by_kernels(5, lambda projection, *_: tuple(projection.shape[:2])),
+    "resnet_bk::mixer_core": _kept_by_kernels(6, lambda projection, *_: tuple(projection.shape[:2])),
     "resnet_bk::semiseparable_mix_triton": _kept_by_kernels(2, lambda q, k, v, *_: tuple(v.shape[:2])),
     "resnet_bk::semiseparable_mix": _kept_in_chunks,
 }
