@@ -68,7 +68,8 @@ def _core_backward(projection: Tensor, query_bias: Tensor, *rest: Any) -> int:
     sizes = _core_sizes(projection, query_bias, rest[6])
     tokens, heads = sizes[0] * sizes[1], sizes[2]
     shifted = _shifted_keys(projection, query_bias, rest[7])
-    return shifted + _kernels_backward(*sizes) + tokens * rest[6].shape[0] * projection.itemsize + 5 * tokens * heads * _WIDE
+    behind_norm = tokens * rest[6].shape[0] * projection.itemsize
+    return shifted + _kernels_backward(*sizes) + behind_norm + 5 * tokens * heads * _WIDE
 
 
 def _mix_sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:
