@@ -304,9 +304,8 @@ def _synthetic(writer: _Writer, rows: Sequence[Row]) -> None:
             curves = tail_curves(found)
             if curves:
                 name = re.sub(r"[^a-z0-9.]+", "-", f"synthetic {task} {machine}".lower()).strip("-")
-                writer.figure(
-                    figures.accuracy_figure(curves, writer.folder / name, title=f"{task}, on {machine}"), task
-                )
+                title = f"{task}, on {machine}".replace(":", ", ")  # lines break at spaces
+                writer.figure(figures.accuracy_figure(curves, writer.folder / name, title=title), task)
 
 
 def _listed(values: Iterable[Any]) -> str:
