@@ -34,7 +34,8 @@ from gpu_timing import (
 )
 from torch import Tensor
 
-from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.models.decode import Decoder, owned
 from resnet_bk.models.prefill import prefill

@@ -10,7 +10,7 @@ from peer_models import prepare_heads
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_bk.layers.mixer import MixerState
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models import decode
 from resnet_bk.models.prefill import evaluate, prefill
 from resnet_bk.models.resnet_bk import LanguageModel

@@ -7,7 +7,7 @@ import torch
 
 from resnet_bk.errors import DataError, DomainError
 from resnet_bk.evaluation.token_medium import SENTENCE, medium_of_model, medium_of_words
-from resnet_bk.layers.mixer import MixerState
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.models.resnet_bk import LanguageModel
 from resnet_bk.ops.resolvent import GreenState, causal_resolvent, scattering_phase

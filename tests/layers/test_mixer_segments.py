@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_bk import ops
 from resnet_bk.errors import ShapeError
-from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.ops.context import Segment
 from resnet_bk.ops.dispatch import PlannedGPU, planning_for

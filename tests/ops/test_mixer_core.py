@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models.config import ModelConfig
 from resnet_bk.ops.gated_norm import gated_norm
 from resnet_bk.ops.mixer_core import mixer_core, mixer_core_op

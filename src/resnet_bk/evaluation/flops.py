@@ -217,6 +217,7 @@ def _resolvent(shape: _Shape) -> list[FlopRow]:
     # Softplus, detuning, one Moebius step (complex quotient), flux, its logarithm, source gate.
     gates = shape.tokens * heads * (14 + 16 * config.sites_per_token * has_potential + 10 * config.green_readout)
     gates += shape.tokens * heads * (8 * config.peierls_pairs + 6 * config.state_size * (config.peierls_pairs > 0))
+    gates += shape.tokens * 2 * config.state_size * config.key_shift
     return [
         shape.linear("in_proj", config.d_model, width),
         FlopRow(None, "gates", 0, 0, gates),

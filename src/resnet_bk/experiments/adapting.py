@@ -24,8 +24,8 @@ def dynamic_readings(
     """The rate of least loss on the start of the validation split, that loss, and the test split's at that rate.
 
     A rate that diverges is out; if all do, the rate is None and there are no losses. If the chosen one diverges on the
-    test split, that has no figure: it chooses nothing. Call it under the autocast of the
-    other evaluations, with a corpus that has a test split.
+    test split, that has no figure: it chooses nothing. Call it under the autocast of the other evaluations, with a
+    corpus that has a test split.
     """
 
     def loss(tokens: np.ndarray, rate: float) -> float:

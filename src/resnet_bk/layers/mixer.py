@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.errors import ShapeError
+from resnet_bk.layers.mixer_state import InPlaceState, MixerState
 from resnet_bk.layers.phases import peierls_angles, running_sum
 from resnet_bk.layers.positional import PositionalPotential
 from resnet_bk.ops.context import Segment, entering_green, entering_last, entering_memory
@@ -39,29 +40,6 @@ from resnet_bk.ops.semiseparable import (
 
 if TYPE_CHECKING:
     from resnet_bk.models.config import ModelConfig
-
-
-class MixerState(NamedTuple):
-    """Everything a mixer carries from one token to the next; one row a sequence, constant size."""
-
-    mix: MixState
-    green: GreenState | None = None
-    """m of the last token; None where the dynamics has no scan."""
-    free: GreenState | None = None
-    """The potential-free m0 of the last token; only with phase coupling."""
-    phase: Float[Tensor, "rows heads"] | None = None
-    """Sum of scattering phases so far, float64 radians; only with phase coupling."""
-    peierls: Float[Tensor, "rows heads*pairs"] | None = None
-    """Sum of Peierls phases so far, float64 radians in [0, 2 pi); only with data-dependent ones."""
-    key: Float[Tensor, "rows state"] | None = None
-    """Key of the last token before any shift; only where keys know the token before."""
-
-
-class InPlaceState(MixerState):
-    """A `MixerState` that the next token overwrites; only of a mixer whose `fused_step` is true.
-
-    The position is not advanced: whoever owns the states lets all layers share one tensor and advances that.
-    """
 
 
 class Gates(NamedTuple):
@@ -178,7 +156,7 @@ class Mixer(nn.Module):
 
     @property
     def fused_step(self) -> bool:
-        """Whether `step` knows this mixer's options: exact dynamics, flux kernel, one site a token, nothing besides."""
+        """Whether `step` knows the options: exact dynamics, flux kernel, one site a token, heads normed, no turns."""
         return self._fused_gates and self.config.head_norm and not self.config.peierls_pairs
 
     @property

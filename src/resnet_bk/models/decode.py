@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_bk.layers.mixer import InPlaceState, Mixer, MixerState
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer_state import InPlaceState, MixerState
 from resnet_bk.models.prefill import evaluate
 from resnet_bk.models.sampling import GenerationConfig, draw, keep_top_k, keep_top_p, penalize_repetition
 from resnet_bk.ops.dispatch import choose_backend

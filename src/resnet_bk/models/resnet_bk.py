@@ -25,7 +25,8 @@ from resnet_bk.layers.feed_forward import FeedForward
 from resnet_bk.layers.lora import AdaptedLinear
 from resnet_bk.layers.mamba2 import Mamba2, Mamba2State
 from resnet_bk.layers.mamba3 import Mamba3
-from resnet_bk.layers.mixer import Mixer, MixerState
+from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer_state import MixerState
 from resnet_bk.models import adapters as adapted
 from resnet_bk.models import checkpoint as checkpoints
 from resnet_bk.models import generate as generation
