@@ -156,7 +156,7 @@ class Mixer(nn.Module):
 
     @property
     def fused_step(self) -> bool:
-        """Whether `step` knows the options: exact dynamics, flux kernel, one site a token, heads normed, no turns."""
+        """Whether `step` knows the options: exact dynamics, flux kernel, one site, normed heads, no Peierls phases."""
         return self._fused_gates and self.config.head_norm and not self.config.peierls_pairs
 
     @property
