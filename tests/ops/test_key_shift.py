@@ -1,4 +1,4 @@
-"""Keys that know the token before: against a loop over tokens, and their adjoint against autograd."""
+"""Keys that know the token before: against a loop over tokens; the kernels against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from resnet_bk.ops.key_shift import shift_keys, shift_keys_adjoint
+from resnet_bk.ops.key_shift import shift_keys
+from resnet_bk.ops.key_shift import triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 BOUNDS = [0, 1, 5, 9]
 
@@ -36,7 +39,7 @@ def by_tokens(key, shift, previous, cu_seqlens):
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_values_and_adjoint(packed, given):
+def test_values_and_gradients(packed, given):
     key, shift, previous, bounds = draw(packed, given)
     leaves = [part.requires_grad_() for part in (key, shift, previous) if part is not None]
     found, expected = shift_keys(key, shift, previous, bounds), by_tokens(key, shift, previous, bounds)
@@ -47,12 +50,40 @@ def test_values_and_adjoint(packed, given):
         for outputs in (found, expected)
     )
     torch.testing.assert_close(ours, truth)
-    with torch.no_grad():
-        gradient = weights[0].clone()
-        d_shift, d_previous = shift_keys_adjoint(gradient, weights[1], key, shift, previous, bounds)
-    torch.testing.assert_close((gradient, d_shift), (truth[0], truth[1]))
-    if given:
-        torch.testing.assert_close(d_previous, truth[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad_last", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 1, 32, 33, 70, 96]])
+def test_kernels(bounds, given, grad_last, dtype):
+    # 32 tokens are a tile: documents and rows end inside of tiles and at their edges. Keys are sections of wider rows.
+    generator = torch.Generator().manual_seed(1)
+    batch, time, state = (3, 40, 24) if bounds is None else (1, 96, 24)
+    rows = batch if bounds is None else len(bounds) - 1
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    wide = draw(batch * time, state + 8).to(dtype)
+    key, shift, previous = wide[:, 8:], draw(state), draw(rows, state).to(dtype).float() if given else None
+    grad, d_last = draw(batch * time, state).to(dtype), draw(rows, state) if grad_last else None
+    packed = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    leaves = [x.double().requires_grad_() for x in (key, shift, previous) if x is not None]
+    exact = shift_keys(leaves[0].view(batch, time, state), *leaves[1:], cu_seqlens=packed)
+    loss = (exact[0].view_as(grad) * grad).sum() + (0 if d_last is None else (exact[1] * d_last).sum())
+    truth = [exact[0].view_as(grad), exact[1], *torch.autograd.grad(loss, leaves)]
+    into = torch.full_like(wide, 7.0)
+    found = [*kernels.forward(key, shift, previous, time, packed), into[:, 8:]]
+    found += kernels.backward(grad, d_last, key, shift, previous, time, packed, into[:, 8:])
+    assert torch.equal(into[:, :8], torch.full_like(into[:, :8], 7.0))
+    assert found[-1].numel() == (rows * state if given else 0)
+    for ours, expected in zip(found, truth, strict=False):
+        assert (ours.double() - expected).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+
+
+def test_the_check_on_first_use():
+    kernels.verify(torch.empty(1, 24, dtype=torch.bfloat16, device=DEVICE), torch.empty(24, device=DEVICE))
 
 
 def test_narrow_keys_are_shifted_in_float32():

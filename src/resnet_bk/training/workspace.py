@@ -64,12 +64,12 @@ def _core_forward(projection: Tensor, query_bias: Tensor, *rest: Any) -> int:
 
 
 def _core_backward(projection: Tensor, query_bias: Tensor, *rest: Any) -> int:
-    """Of its backward pass: that of the mixing, the gradient behind the norm, three gradients of gates."""
+    """Of its backward pass: that of the mixing, gradients behind the norm, of gates (three) and of shifted keys."""
     sizes = _core_sizes(projection, query_bias, rest[6])
     tokens, heads = sizes[0] * sizes[1], sizes[2]
     shifted = _shifted_keys(projection, query_bias, rest[7])
     behind_norm = tokens * rest[6].shape[0] * projection.itemsize
-    return shifted + _kernels_backward(*sizes) + behind_norm + 5 * tokens * heads * _WIDE
+    return 2 * shifted + _kernels_backward(*sizes) + behind_norm + 5 * tokens * heads * _WIDE
 
 
 def _mix_sizes(query: Tensor, value: Tensor) -> tuple[int, ...]:

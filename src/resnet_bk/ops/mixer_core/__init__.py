@@ -1,7 +1,7 @@
 """Everything between the projections of the default mixer in one operator, for GPUs.
 
-It launches the kernels of `resolvent` (gates), `semiseparable` and `gated_norm`. Their gradients are written
-side by side into one gradient of the projection; from operators apart, autograd would copy them there.
+It launches the kernels of `key_shift`, `resolvent` (gates), `semiseparable` and `gated_norm`. Their gradients are
+written side by side into one gradient of the projection; from operators apart, autograd would copy them there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet_bk.ops.dispatch import document_boundaries
 from resnet_bk.ops.gated_norm import triton as norm
-from resnet_bk.ops.key_shift import shift_keys, shift_keys_adjoint
+from resnet_bk.ops.key_shift import triton as shifted_keys
 from resnet_bk.ops.mixer_step import Source, StepParameters
 from resnet_bk.ops.resolvent import GreenState
 from resnet_bk.ops.resolvent import kernels as gates
@@ -109,9 +109,11 @@ def _parts(projection, query_bias, key_bias, absorption_bias, potential_scale, e
     pieces = _Pieces(projection, heads, state, kind)
     last_key = projection.new_empty(0)
     if key_shift is not None:
-        shape = projection.shape[:2]
-        keys, last_key = shift_keys(pieces.key.view(*shape, state), key_shift, previous, cu_seqlens)
-        pieces.key = keys.view_as(pieces.key)
+        raw = pieces.key.squeeze(1)
+        if projection.is_cuda:
+            shifted_keys.verify(raw, key_shift)
+        keys, last_key = shifted_keys.forward(raw, key_shift, previous, projection.shape[1], cu_seqlens)
+        pieces.key = keys.unsqueeze(1)
     medium = gates.gates_medium(
         kind, pieces.potential, pieces.absorption, pieces.source, potential_scale, energy, absorption_bias, source_bias,
         floor, real, imag,
@@ -219,7 +221,8 @@ def mixer_core_backward_op(
     d_y, _, d_norm = norm.backward(mixing.flat(grad_out), y, pieces.gate, norm_weight, epsilon, into.gate)
     launch = mixing.Launch(operands(log_decay, weight), position, bounds, size**-0.5, epsilon)
     gate_grads = {name: torch.empty_like(log_decay) for name in ("log_decay", "source")}
-    tokens = {"query": into.query, "key": into.key, "value": into.value}
+    d_key = into.key if key_shift is None else torch.empty_like(into.key, memory_format=torch.contiguous_format)
+    tokens = {"query": into.query, "key": d_key, "value": into.value}
     d_y = d_y.unflatten(0, projection.shape[:2])
     found = launch.backward(final, kept, d_y, grad_final, memory is not None, gate_grads | tokens)
     state = (None, None)
@@ -234,9 +237,10 @@ def mixer_core_backward_op(
         into.source.copy_(d_s)
     d_shift = d_previous = y.new_empty(0)
     if key_shift is not None:
-        shape = (*projection.shape[:2], size)
-        raw = _Pieces(projection, heads, size, kind).key.view(shape)
-        d_shift, d_previous = shift_keys_adjoint(into.key.view(shape), grad_key, raw, key_shift, previous, cu_seqlens)
+        raw, into_key = (_Pieces(x, heads, size, kind).key.squeeze(1) for x in (projection, d_projection))
+        d_shift, d_previous = shifted_keys.backward(
+            d_key.squeeze(1), grad_key, raw, key_shift, previous, projection.shape[1], cu_seqlens, into_key
+        )
     d_scale, d_energy, d_bias, d_source_bias = shared
     parameters = (
         (query_bias, found["query_bias"]), (key_bias, found["key_bias"]), (absorption_bias, d_bias),

@@ -1,4 +1,7 @@
-"""Keys that know the token before: every key plus a learned multiple, channel by channel, of the one before it."""
+"""Keys that know the token before: every key plus a learned multiple, channel by channel, of the one before it.
+
+In plain PyTorch, gradients by autograd; `triton.py` has the kernels with which `mixer_core` does the same.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from resnet_bk.ops.dispatch import compute_dtype
 
-__all__ = ["shift_keys", "shift_keys_adjoint"]
+__all__ = ["shift_keys"]
 
 
 def shift_keys(
@@ -38,37 +41,6 @@ def shift_keys(
     wide = compute_dtype(key)
     before, last = _neighbours(key, previous, cu_seqlens)
     return torch.addcmul(key.to(wide), shift.to(wide), before.to(wide)).to(key.dtype), last.to(wide)
-
-
-def shift_keys_adjoint(
-    gradient: Float[Tensor, "batch time state"],
-    grad_last: Float[Tensor, "rows state"] | None,
-    key: Float[Tensor, "batch time state"],
-    shift: Float[Tensor, " state"],
-    previous: Float[Tensor, "rows state"] | None,
-    cu_seqlens: Int[Tensor, " boundaries"] | None,
-) -> tuple[Float[Tensor, " state"], Float[Tensor, "rows state"]]:
-    """Gradients of `shift` and `previous`; `gradient`, that of the result, is overwritten by that of `key`.
-
-    `grad_last` is that of the last keys; the other arguments are those of `shift_keys`.
-    """
-    wide = compute_dtype(key)
-    factor, given = shift.to(wide), gradient.to(wide)
-    before, _ = _neighbours(key, previous, cu_seqlens)
-    d_shift = (given * before.to(wide)).sum((0, 1))
-    first, last = (slice(None), 0), (slice(None), -1)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.long()
-        first, last = (0, bounds[:-1]), (0, bounds[1:] - 1)
-    d_previous = factor * given[first]
-    after = torch.zeros_like(given)
-    after[:, :-1] = given[:, 1:]
-    after[last] = 0
-    found = torch.addcmul(given, factor, after)
-    if grad_last is not None:
-        found[last] += grad_last.to(wide)
-    gradient.copy_(found)
-    return d_shift, d_previous
 
 
 def _neighbours(key: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
