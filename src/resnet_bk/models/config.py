@@ -72,7 +72,7 @@ class ModelConfig:
     """Absorptions start log-uniform between this and `absorption_stop`, above the floor."""
     absorption_stop: float = 4.0
     """Largest absorption at the start: the shortest memories last about 2 / `absorption_stop` tokens."""
-    key_shift: bool = False
+    key_shift: bool = True
     """Add to every key a learned multiple, channel by channel, of the key before it, zero at the start: a value is then
     found by the token before its own, which makes recall learnable in one layer."""
     potential_start: float = 0.0
@@ -91,7 +91,7 @@ class ModelConfig:
     """Start of every head's direct path from a token to its own output, beside which the memory is added."""
     rotary_base: float = 10000.0
     """Ratio of the largest to the smallest rotary wavelength."""
-    rotary_fraction: float = 1.0
+    rotary_fraction: float = 0.25
     """Share of the pairs of keys, the fastest, that positions turn. With 1/4 the longest wavelength is 63 tokens, and a
     distance says nothing beyond; that carries further past the training length."""
     tie_embeddings: bool = True
