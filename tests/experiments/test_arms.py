@@ -25,6 +25,8 @@ def test_arms_have_as_many_parameters_as_the_model_they_come_from(toy_model):
         ("resolvent", "attention"),
     ]
     assert "dynamics=decay_only" in arms[3].description and "rotary_base" not in arms[3].description
+    # Rows from before these were the default leave them out, so rows from now on name them.
+    assert "key_shift=True" in arms[0].description and "key_shift" not in arms[1].description
 
 
 def test_unequal_arms_are_refused(toy_model):

@@ -25,6 +25,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arms that have a name -> fields of `ModelConfig` in which they differ from the model they are compared with."""
 
+_FIRST_DEFAULTS = {"key_shift": False, "rotary_fraction": 1.0}
+"""What defaults were before they changed, so that a description of then and one of now mean the same model."""
+
 TOLERANCE = 0.02
 """Most by which numbers of parameters (without embeddings) may differ within a comparison, relative to the least."""
 
@@ -38,8 +41,10 @@ class Arm:
 
     @property
     def description(self) -> str:
-        """The fields that differ from the defaults of `ModelConfig`, as `name=value`."""
+        """The fields that differ from the defaults of the ledger's first rows, as `name=value`."""
         defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+        if self.model.mixer == "resolvent":
+            defaults |= _FIRST_DEFAULTS
         values = self.model.to_dict()
         return " ".join(f"{name}={value}" for name, value in values.items() if value != defaults[name])
 
