@@ -109,7 +109,7 @@ def test_evaluate_a_file_by_position(toy_run, checkpoint, capsys):
 def test_info_of_the_installation(capsys):
     assert main(["info"]) == 0
     output = capsys.readouterr().out
-    assert "torch" in output and "1,171,132" in output.replace(" ", " "), output
+    assert "torch" in output and "1,171,324" in output.replace(" ", " "), output
 
 
 def test_info_of_a_checkpoint(checkpoint, capsys):

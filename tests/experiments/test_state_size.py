@@ -13,8 +13,8 @@ SMALL = ModelConfig(vocab_size=100, d_model=64, num_layers=2, feed_forward_dim=6
 
 
 def test_bytes_by_hand():
-    """Per layer 8 heads of 32 x 16 and one complex number, float32, and an int64 position."""
-    assert decode_state_bytes(SMALL) == 2 * (4 * 8 * 32 * 16 + 4 * 8 * 2 + 8)
+    """Per layer 8 heads of 32 x 16 and one complex number, and the last key, float32, and an int64 position."""
+    assert decode_state_bytes(SMALL) == 2 * (4 * 8 * 32 * 16 + 4 * 8 * 2 + 4 * 32 + 8)
     attention = dataclasses.replace(SMALL, mixer="attention")
     # Keys and values of 64 channels.
     assert decode_state_bytes(attention, context=10) == 2 * (4 * 10 * 2 * 64 + 8)

@@ -235,8 +235,8 @@ def test_what_is_sent():
     for sent in on_threads(2, work):
         shape, *summaries = [part.nbytes for part in sent]
         assert shape == 16
-        moebius, memory = 2 * heads * 72, 2 * heads * (state * value + 1) * 4
-        assert summaries == [moebius, memory, memory - 2 * heads * 4, 2 * heads * 16]
+        moebius, memory, key = 2 * heads * 72, 2 * heads * (state * value + 1) * 4, 2 * state * 8
+        assert summaries == [moebius, key, memory, memory - 2 * heads * 4, key // 2, 2 * heads * 16]
 
 
 def test_ranks_with_different_batches_are_named():

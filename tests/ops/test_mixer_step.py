@@ -78,9 +78,10 @@ def test_the_reference_is_the_mixer_s_step(source):
             mixer.in_proj(u[:, 7]),
             StepParameters(
                 mixer.query_bias, mixer.key_bias, mixer.absorption_bias, mixer.potential_scale, mixer.energy,
-                mixer.skip, None if source == "unit" else mixer.source_bias, mixer.norm_weight,
+                mixer.skip, None if source == "unit" else mixer.source_bias, mixer.norm_weight, mixer.key_shift,
             ),
-            state.mix, state.green, source=source, absorption_floor=0.01, epsilon=1e-3, backend="reference",
+            state.mix, state.green, previous=state.key, source=source, absorption_floor=0.01, rotary_fraction=0.25,
+            epsilon=1e-3, backend="reference",
         )  # fmt: skip
     torch.testing.assert_close(mixer.out_proj(out), expected[:, 0], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(mix.memory, after.mix.memory, rtol=1e-11, atol=1e-11)

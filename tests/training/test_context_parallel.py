@@ -35,13 +35,13 @@ def processes(request, tmp_path_factory):
 def compare(found, name, *, states=True):
     """Error of every tensor in units of its largest entry, against one process in float64.
 
-    Measured worst in float64 1e-12. In float32 2e-5; over 12 seeds the medians of processes and of one process were the
-    same for every parameter, the worst gradients 6e-5 and 4e-5.
+    Measured worst in float64 1e-12. In float32 1e-4, as of one process, in the gradient of the energies; the others are
+    below 5e-5.
     """
     expected = context_worker.alone(name, torch.float64)
     expected = {key: x for key, x in expected.items() if states or key == "loss" or key.startswith("gradient")}
     assert found.keys() == expected.keys()
-    budget = 1e-4 if context_worker.CASES[name].get("dtype") == torch.float32 else 1e-10
+    budget = 3e-4 if context_worker.CASES[name].get("dtype") == torch.float32 else 1e-10
     for key, exact in expected.items():
         if not exact.is_floating_point():
             assert torch.equal(found[key], exact), key

@@ -33,7 +33,8 @@ def config_with_state_bytes(config: ModelConfig, state_bytes: int, *, context: i
     """`config` with as large a state as `state_bytes`, within 5 %.
 
     `state_size` is changed, or `attention_window` where attention is the only mixer: a multiple of 64 if that fits
-    within half of the tolerance, else of 32, 16, 8, 4 or 2. Parameters change with it; make them equal afterwards.
+    within half of the tolerance, else of 32, 16, 8, 4 or (not for Mamba-3) 2. Parameters change with it; make them equal
+    afterwards.
 
     Args:
         config: the model to change.
@@ -51,10 +52,12 @@ def config_with_state_bytes(config: ModelConfig, state_bytes: int, *, context: i
     # The state is linear in either size.
     small, large = (size(value) for value in (16, 32))
     wanted = 16 + 16 * (state_bytes - small) / max(large - small, 1)
-    for multiple in _MULTIPLES:
+    # Half of Mamba-3's channels are turned, in pairs.
+    multiples = _MULTIPLES[:-1] if "mamba3" in config.mixers else _MULTIPLES
+    for multiple in multiples:
         value = max(1, round(wanted / multiple)) * multiple
         error = abs(size(value) - state_bytes) / state_bytes
-        if error <= TOLERANCE / 2 or (multiple == _MULTIPLES[-1] and error <= TOLERANCE):
+        if error <= TOLERANCE / 2 or (multiple == multiples[-1] and error <= TOLERANCE):
             return dataclasses.replace(config, **{field: value})
     raise ConfigError(
         f"No model.{field} gives mixer {config.mixer!r} a state of {state_bytes:,} bytes within {TOLERANCE:.0%} (it "

@@ -37,8 +37,7 @@ class Attention(nn.Module):
     """Causal self-attention: softmax(q . k / sqrt(head)) v with q and k RMS-normalised per head, then turned by RoPE.
 
     Args:
-        config: `attention_head_dim`, `attention_window`, `rotary_base`, `rotary_fraction` and `norm_epsilon`
-            count.
+        config: `attention_head_dim`, `attention_window`, `rotary_base` and `norm_epsilon` count.
     """
 
     state_class = AttentionState
@@ -46,8 +45,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim, self.window = config.attention_head_dim, config.attention_window
-        self.rotary_base, self.rotary_fraction = config.rotary_base, config.rotary_fraction
-        self.epsilon = config.norm_epsilon
+        self.rotary_base, self.epsilon = config.rotary_base, config.norm_epsilon
         self.in_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.query_norm = nn.Parameter(torch.empty(self.head_dim))
@@ -77,7 +75,7 @@ class Attention(nn.Module):
             edges = torch.tensor(bounds, device=u.device)
             offset = -edges[:-1] if state is None else state.position - edges[:-1]
             place = place + torch.repeat_interleave(offset, edges.diff(), output_size=time)
-        frequencies = rotary_frequencies(self.head_dim, self.rotary_base, self.rotary_fraction, device=u.device)
+        frequencies = rotary_frequencies(self.head_dim, self.rotary_base, device=u.device)
         cos, sin = (part.unsqueeze(2) for part in phase_table(place, frequencies, value.dtype))
         query = rotate(self._normalised(query, self.query_norm), cos, sin)
         key = rotate(self._normalised(key, self.key_norm), cos, sin)
