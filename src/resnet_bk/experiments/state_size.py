@@ -33,8 +33,8 @@ def config_with_state_bytes(config: ModelConfig, state_bytes: int, *, context: i
     """`config` with as large a state as `state_bytes`, within 5 %.
 
     `state_size` is changed, or `attention_window` where attention is the only mixer: a multiple of 64 if that fits
-    within half of the tolerance, else of 32, 16, 8, 4 or (not for Mamba-3) 2. Parameters change with it; make them equal
-    afterwards.
+    within half of the tolerance, else of 32, 16, 8, 4 or (not for Mamba-3) 2. Parameters change with it; make them
+    equal afterwards.
 
     Args:
         config: the model to change.

@@ -92,8 +92,9 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Ratio of the largest to the smallest rotary wavelength."""
     rotary_fraction: float = 0.25
-    """Share of the mixer's pairs of keys, the fastest, that positions turn (attention turns all of its own). With 1/4 the
-    longest wavelength is 63 tokens, and a distance says nothing beyond; that carries further past the training length."""
+    """Share of the mixer's pairs of keys, the fastest, that positions turn; attention turns all of its own. With 1/4
+    the longest wavelength is 63 tokens, and a distance says nothing beyond, which carries further past the training
+    length."""
     tie_embeddings: bool = True
     """Use one matrix for the token embedding and the output head."""
     norm_epsilon: float = 1e-5
