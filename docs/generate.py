@@ -48,7 +48,7 @@ def field_table(config: type, section: str) -> str:
 
 def preset_table() -> str:
     """The presets with the fields that set them apart."""
-    columns = ["d_model", "num_layers", "feed_forward_dim", "state_size", "vocab_size"]
+    columns = ["d_model", "num_layers", "feed_forward_dim", "expand", "state_size", "vocab_size"]
     rows = [f"| preset | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name in PRESETS:
         config = ModelConfig.preset(name)

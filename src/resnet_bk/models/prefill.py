@@ -91,7 +91,7 @@ def memory_needed(
     """
     rows, total = len(prompt_lengths), sum(prompt_lengths)
     # Widths of the tensors alive in the widest place of a block; checked against measured peaks in the tests.
-    width = 7 * (config.d_model + config.inner_dim) + 5 * config.feed_forward_dim + 4 * config.state_size
+    width = 8 * (config.d_model + config.inner_dim) + 5 * config.feed_forward_dim + 4 * config.state_size
     if config.phase_coupling or config.peierls_pairs:
         width += 4 * config.num_heads * config.state_size
     memory = (len(config.mixers) - config.mixers.count("attention")) * config.inner_dim * config.state_size
