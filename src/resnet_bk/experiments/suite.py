@@ -23,6 +23,7 @@ from resnet_bk.evaluation.ledger import BENCHMARKS, append_row, config_hash
 from resnet_bk.experiments.arms import Arm, shape_only
 from resnet_bk.experiments.rows import read_rows
 from resnet_bk.experiments.state_size import decode_state_bytes
+from resnet_bk.experiments.summary import by_model
 from resnet_bk.experiments.synthetic import TaskBudget, train_on_task
 from resnet_bk.experiments.tasks.base import Task
 
@@ -295,16 +296,15 @@ def tail_curves(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
 
 def _best_rates(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """The runs of each model of one task at the best rate of its sweep."""
-    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Row]]] = {}
-    for row in rows:
-        metrics = row["metrics"]
-        by_rate = groups.setdefault((metrics["arm"], metrics["model"]), {})
-        by_rate.setdefault((metrics["recipe"], metrics["learning_rate"]), []).append(row)
-    # The rate that the other seeds were run at was chosen by the first.
-    return [
-        (arm, min(by_rate.values(), key=lambda runs: runs[0]["metrics"].get("training_loss_nats", math.inf)))
-        for (arm, _), by_rate in groups.items()
-    ]
+    found = []
+    for arm, runs in by_model(rows).items():
+        by_rate: dict[tuple[Any, ...], list[Row]] = {}
+        for row in runs:
+            by_rate.setdefault((row["metrics"]["recipe"], row["metrics"]["learning_rate"]), []).append(row)
+        # The rate that the other seeds were run at was chosen by the first.
+        losses = {rate: same[0]["metrics"].get("training_loss_nats", math.inf) for rate, same in by_rate.items()}
+        found.append((arm, by_rate[min(losses, key=losses.__getitem__)]))
+    return found
 
 
 def _tail(row: Row) -> dict[int, float]:

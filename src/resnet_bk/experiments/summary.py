@@ -69,19 +69,23 @@ class ArmSummary:
 
 
 def by_arm(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows that have a result, by arm, in order of appearance.
+    """The rows that have a result, by arm, in order of appearance; `by_model` names the arms."""
+    return by_model(row for row in rows if row["metrics"]["outcome"] == DONE)
+
+
+def by_model(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows by arm, in order of appearance.
 
     Models of one name that are not one model are arms of their own, named after what the first of them does not have.
     """
     models: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         metrics = row["metrics"]
-        if metrics["outcome"] == DONE:
-            models.setdefault(metrics["arm"], {}).setdefault(metrics.get("model", ""), []).append(row)
+        models.setdefault(metrics["arm"], {}).setdefault(metrics.get("model", ""), []).append(row)
     found = {}
-    for name, by_model in models.items():
-        first = next(iter(by_model))
-        for model, runs in by_model.items():
+    for name, of_name in models.items():
+        first = next(iter(of_name))
+        for model, runs in of_name.items():
             others = [field for field in model.split() if field not in first.split()]
             found[name if model == first else f"{name} ({' '.join(others)})"] = runs
     return found
