@@ -9,7 +9,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -294,11 +294,11 @@ def tail_curves(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _best_rates(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _best_rates(rows: Sequence[Row]) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """The runs of each model of one task at the best rate of its sweep."""
     found = []
     for arm, runs in by_model(rows).items():
-        by_rate: dict[tuple[Any, ...], list[Row]] = {}
+        by_rate: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for row in runs:
             by_rate.setdefault((row["metrics"]["recipe"], row["metrics"]["learning_rate"]), []).append(row)
         # The rate that the other seeds were run at was chosen by the first.
@@ -307,7 +307,7 @@ def _best_rates(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def _tail(row: Row) -> dict[int, float]:
+def _tail(row: Mapping[str, Any]) -> dict[int, float]:
     """Tail accuracy by length, on the task as it counts."""
     prefix = "tail_accuracy_"
     names = [name for name in row["metrics"] if name.startswith(prefix) and name.removeprefix(prefix).isdigit()]

@@ -6,6 +6,7 @@ Sums over tiles are added in a fixed order, so results repeat bit by bit. Bytes 
 forward, 6 backward, and 4 / `_TOKENS` for the sums.
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import math
 
@@ -101,7 +102,7 @@ def _shape(key: Tensor, time: int, document: Tensor | None, previous: Tensor | N
     tokens, state = key.shape
     return {
         "tokens": tokens, "time": time, "stride": key.stride(0) // unit, "UNIT": unit, "K": state, "TOKENS": _TOKENS,
-        "WIDTH": triton.next_power_of_2(state), "PACKED": document is not None, "GIVEN": previous is not None,
+        "WIDTH": 1 << (state - 1).bit_length(), "PACKED": document is not None, "GIVEN": previous is not None,
     }  # fmt: skip
 
 
