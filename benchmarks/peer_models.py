@@ -116,7 +116,8 @@ def build(kind: str, preset: str) -> LanguageModel:
     with torch.device("meta"):
         spare = _size(Mixer(config)) - _size(make(config))
     widened = config.feed_forward_dim + spare / (3 * config.d_model)
-    config = replace(config, feed_forward_dim=64 * max(1, round(widened / 64)))
+    unit = 64 if config.d_model >= 512 else 16  # matrix units like 64, small models cannot round that far
+    config = replace(config, feed_forward_dim=unit * max(1, round(widened / unit)))
     model = (Transformer if kind == "transformer" else LanguageModel)(config)
     for block in model.blocks:
         block.mixer = make(config)
