@@ -217,7 +217,7 @@ class Bench:
         return Arm(calls(core, sets, self.cotangent), floors)
 
     def part_arms(self) -> Iterator[tuple[str, Arm]]:
-        """This library's three operators, one by one, on views of the projection."""
+        """This library's operators but for the shift of keys, one by one, on views of the projection."""
         sizes, mixer = self.sizes, self.mixer
         tokens, flops = self.batch * self.time, self.batch * self.time * sizes.mixing_flops()
         gate, x, key, query, *raw = (
@@ -225,7 +225,8 @@ class Bench:
         )
         heads = (self.batch, self.time, sizes.heads)
         wide = torch.randn(2, *heads, device=self.device)
-        frequencies = rotary_frequencies(sizes.state, mixer.config.rotary_base, device=self.device)
+        config = mixer.config
+        frequencies = rotary_frequencies(sizes.state, config.rotary_base, config.rotary_fraction, device=self.device)
 
         def gates(potential, absorption, source):
             found = mixer.gates(potential, absorption, source, None, None)[0]

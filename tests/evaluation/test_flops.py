@@ -73,7 +73,7 @@ CASES = {
     "decay only": dict(dynamics="decay_only", source="unit", tie_embeddings=False),
     "phase coupling": dict(phase_coupling=True),
     "Peierls phases": dict(peierls_pairs=8, source="free"),
-    "shifted keys": dict(key_shift=True),
+    "keys as they are": dict(key_shift=False),
     "three sites and the Green readout": dict(sites_per_token=3, green_readout=True),
     "green": dict(kernel="green", source="free", expand=3),
     "hybrid": dict(attention_every=2),

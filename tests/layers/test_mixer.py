@@ -39,9 +39,9 @@ COMBINATIONS += [
     dict(head_norm=False, peierls_pairs=4, source="free", skip_start=0.3),
     dict(peierls_pairs=4, source="free", sites_per_token=3, green_readout=True),
     dict(peierls_pairs=1, source="free", kernel="transmission", phase_coupling=True),
-    dict(rotary_fraction=0.25),
-    dict(key_shift=True),
-    dict(key_shift=True, peierls_pairs=3, source="free"),
+    dict(rotary_fraction=1.0),
+    dict(key_shift=False),
+    dict(key_shift=False, rotary_fraction=1.0, peierls_pairs=3, source="free"),
     dict(rotary_fraction=0.0, peierls_pairs=3, source="free"),
 ]
 COMBINATIONS += [

@@ -31,7 +31,7 @@ OPTIONS = [
     dict(peierls_pairs=2, phase_coupling=True, kernel="transmission", source="free"),
     dict(kernel="green", source="free", boundary="wall"),
     dict(position_potential="prime_bump"),
-    dict(key_shift=True),
+    dict(key_shift=False, rotary_fraction=1.0),
     dict(position_potential="shuffled", sites_per_token=3),
 ]
 SPLITS = [[41, 41, 41], [1, 70, 2, 50], [64, 59], [123]]

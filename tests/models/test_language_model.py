@@ -22,7 +22,7 @@ OPTIONS = {
     "phases": dict(phase_coupling=True),
     "semiclassical": dict(dynamics="semiclassical", phase_coupling=True),
     "decay": dict(dynamics="decay_only"),
-    "shift": dict(key_shift=True),
+    "no shift": dict(key_shift=False, rotary_fraction=1.0),
     "untied": dict(tie_embeddings=False),
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

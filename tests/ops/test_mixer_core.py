@@ -80,14 +80,14 @@ def gradients(run, mixer, projection, state, cu_seqlens):
 @pytest.mark.parametrize(
     "source, bounds, given, changes",
     [
+        ("gated", None, False, {"key_shift": False}),
+        ("gated", [0, 1, 66, 90], True, {"key_shift": False}),
+        ("free", None, True, {"key_shift": False, "rotary_fraction": 1.0}),
+        ("unit", [0, 1, 66, 90], False, {"key_shift": False}),
         ("gated", None, False, {}),
-        ("gated", [0, 1, 66, 90], True, {"rotary_fraction": 0.25}),
-        ("free", None, True, {}),
+        ("gated", None, True, {"rotary_fraction": 1.0}),
+        ("free", [0, 1, 66, 90], True, {}),
         ("unit", [0, 1, 66, 90], False, {}),
-        ("gated", None, False, {"key_shift": True}),
-        ("gated", None, True, {"key_shift": True}),
-        ("free", [0, 1, 66, 90], True, {"key_shift": True}),
-        ("unit", [0, 1, 66, 90], False, {"key_shift": True}),
     ],
 )
 def test_equals_the_operators_apart(source, bounds, given, changes):

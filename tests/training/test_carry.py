@@ -28,7 +28,7 @@ KINDS = {
     "wall": {"boundary": "wall", "sites_per_token": 3},
     "decay-only": {"dynamics": "decay_only"},
     "primes": {"position_potential": "prime_bump"},
-    "shift": {"key_shift": True},
+    "plain-keys": {"key_shift": False, "rotary_fraction": 1.0},
     "mamba2": {"mixer": "mamba2"},
     "mamba3": {"mixer": "mamba3"},
     "window": {"mixer": "attention", "attention_window": 6, "attention_head_dim": 8},
@@ -112,7 +112,7 @@ def test_losses_of_a_stream_are_those_of_streaming_evaluation(tiny, accumulation
     assert nats == pytest.approx(evaluate_stream(model, text, segment_length=100).nats, rel=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["phases", "shift", "mamba2", "mamba3", "window", "hybrid"])
+@pytest.mark.parametrize("kind", ["phases", "resolvent", "mamba2", "mamba3", "window", "hybrid"])
 def test_a_run_stopped_inside_a_stream_resumes_bit_identically(tiny, tmp_path, kind):
     def run(folder: str, *parts: int) -> Trainer:
         for steps in parts:
